@@ -1,0 +1,1 @@
+"""Where linear layers are captured and replaced."""

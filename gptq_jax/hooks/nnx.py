@@ -1,0 +1,102 @@
+"""Capture the inputs of an NNX module's linear layers, and run quantized ones in their place.
+
+Both replace submodules of a copy that lives only while a function is traced, so any module made of
+`nnx.Linear` works unchanged and nothing is patched for anybody else.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from gptq_jax.matmul import matmul
+from gptq_jax.tensor import QuantizedTensor
+
+Params = dict[str, Any]  # nested dicts: names of submodules, then of arrays or QuantizedTensors
+
+
+class QuantizedLinear(nnx.Module):
+    """`nnx.Linear` on a packed kernel."""
+
+    def __init__(self, kernel: QuantizedTensor, bias: Float[Array, "d_out"] | None):
+        self.kernel = nnx.data(kernel)
+        self.bias = nnx.data(bias)
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """`x @ kernel + bias`, in the dtype of `x`."""
+        y = matmul(x, self.kernel)
+        if self.bias is None:
+            return y
+        return y + jnp.expand_dims(self.bias.astype(y.dtype), range(y.ndim - 1))
+
+
+class _Tap:
+    """Stands for a layer and keeps the input it is called with."""
+
+    def __init__(self, layer: nnx.Module, path: str, tape: dict[str, Array]):
+        self.layer, self.path, self.tape = layer, path, tape
+
+    def __call__(self, x: Array) -> Array:
+        if self.path in self.tape:
+            raise NotImplementedError(
+                f"layer {self.path!r} is called twice in one forward pass: only one of its inputs would be seen."
+            )
+        self.tape[self.path] = x
+        return self.layer(x)  # type: ignore[operator]
+
+
+def parameters(module: nnx.Module) -> Params:
+    """The parameters of `module` by name; shapes where the module is abstract."""
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
+    """A copy of `abstract` that holds `params`.
+
+    Args:
+        abstract: a module of shapes, from `nnx.eval_shape`.
+        params: its arrays by name; where a Linear's kernel is a QuantizedTensor, a QuantizedLinear takes its
+            place.
+    """
+    module = nnx.merge(*nnx.split(abstract))
+    _fill(module, params)
+    return module
+
+
+def _fill(module: Any, params: Params) -> None:
+    for name, value in params.items():
+        name = str(name)  # the elements of an nnx.List are its attributes "0", "1", ...
+        if not hasattr(module, name):
+            raise ValueError(f"parameter {name!r} has no place in {type(module).__name__}.")
+        if not isinstance(value, dict):
+            setattr(module, name, nnx.Param(value))
+        elif isinstance(value.get("kernel"), QuantizedTensor):
+            setattr(module, name, QuantizedLinear(value["kernel"], value.get("bias")))
+        else:
+            _fill(getattr(module, name), value)
+
+
+def linear_layers(module: nnx.Module) -> dict[str, nnx.Module]:
+    """The linear layers of `module` by dotted path."""
+    return {
+        ".".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(module)
+        if isinstance(layer, nnx.Linear | QuantizedLinear)
+    }
+
+
+def record_inputs(module: nnx.Module) -> dict[str, Array]:
+    """Make `module` note the input of each linear layer it calls, in the dict returned, by dotted path.
+
+    For a module made inside the function being traced: return the entries wanted, and the compiler drops all
+    that they do not need.
+    """
+    tape: dict[str, Array] = {}
+    for path, layer in linear_layers(module).items():
+        *parents, name = path.split(".")
+        parent: Any = module
+        for key in parents:
+            parent = getattr(parent, key)
+        object.__setattr__(parent, name, _Tap(layer, path, tape))
+    return tape

@@ -1,0 +1,66 @@
+"""What a quantization method is: pure functions over a state pytree."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from gptq_jax import grids
+from gptq_jax.spec import QuantSpec
+from gptq_jax.tensor import QuantizedTensor
+from pallas_kernels.packing import pack
+
+Stats = Any  # a pytree of arrays
+
+
+class LayerBatch(NamedTuple):
+    """Inputs of a linear layer for one calibration batch, [tokens, d_in]; rows of padding are zero."""
+
+    x: Float[Array, "tokens d_in"]
+
+
+class Solution(NamedTuple):
+    """A quantized weight and what its solver has to say of it, scalars by name, for the report.
+
+    The pipeline knows `damping` and `fell_back` (true: the weight was rounded to nearest after all).
+    """
+
+    tensor: QuantizedTensor
+    notes: dict[str, Array]
+
+
+class Method(NamedTuple):
+    """A quantization method. Adding one needs no registration: pass the value as `method=`.
+
+    Attributes:
+        name: for reports.
+        init: (d_in, d_out) -> Stats, before the first batch.
+        update: (Stats, LayerBatch) -> Stats; jitted by the caller.
+        solve: (weight [d_in, d_out], Stats, QuantSpec) -> QuantizedTensor or Solution; jitted by the caller,
+            the spec being static. Layers with the same input are solved as one, their outputs concatenated.
+        hessian: reads sum x x^T from Stats where the method keeps it, so that the report need not add it up again.
+    """
+
+    init: Callable[[int, int], Stats]
+    update: Callable[[Stats, LayerBatch], Stats]
+    solve: Callable[[Array, Stats, QuantSpec], QuantizedTensor | Solution]
+    hessian: Callable[[Stats], Array] | None = None
+    name: str = "custom"
+
+
+def assemble(
+    codes: Integer[Array, "d_in d_out"] | Float[Array, "d_in d_out"],
+    grid: grids.Grid,
+    spec: QuantSpec,
+    group_of_row: Integer[Array, "d_in"] | None = None,
+) -> QuantizedTensor:
+    """Pack integer-valued codes and their grid, [groups, d_out], into a QuantizedTensor."""
+    return QuantizedTensor(
+        codes=pack(codes.astype(jnp.uint8), spec.bits),
+        scales=grid.scale.astype(spec.scale_dtype or "float32"),
+        zeros=grids.stored_zeros(grid.zero, spec),
+        group_of_row=None if group_of_row is None else group_of_row.astype(jnp.int32),
+        spec=spec,
+        d_in=codes.shape[0],
+    )

@@ -1,0 +1,339 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323), computed as Babai's nearest plane.
+
+With the Hessian H = R R^T (R upper triangular) and D = W - Q the error so far, the weight that GPTQ rounds next
+is w_j = W_j + sum_{i<j} R_ij D_i / R_jj: the paper's update of the remaining weights, looked at from the left,
+so that neither H^-1 nor any update of weights to come is needed. Rows are taken in blocks; what all earlier
+blocks contribute to a block is one matrix product.
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jaxtyping import Array, Float, Integer, UInt8
+
+from gptq_jax import grids
+from gptq_jax.hessian import accumulate, factorize
+from gptq_jax.methods.base import LayerBatch, Method, Solution, assemble
+from gptq_jax.methods.rtn import split_groups
+from gptq_jax.spec import QuantSpec
+from gptq_jax.tensor import QuantizedTensor
+
+ORDERS = ("natural", "activation", "group")
+
+State = TypeVar("State")
+
+_BLOCK = 128  # rows rounded one by one between two matrix products
+_CHUNK = 512  # rows of a super-block, whose sizes are static; at least: there are at most _CHUNKS
+_CHUNKS = 8  # of them, so that compile time does not grow with d_in
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTQOptions:
+    """How GPTQ goes about it; hashable.
+
+    Attributes:
+        order: in which inputs are rounded. "natural"; "activation": largest diagonal of the Hessian first
+            (act-order); "group": whole groups by their largest diagonal, inside each by diagonal, so that rows
+            stay with their group.
+        static_groups: grids are fitted before solving, to the original weights in their original groups, so
+            that any order leaves rows where they are. Otherwise a group's grid is fitted to its compensated
+            weights when its turn comes, and activation order stores `group_of_row` (desc_act).
+        grid: "minmax"; "mse": clip where the rounding error is least (norm 2.4); "ldl": the same, weighted by the
+            pivots of the Hessian's LDL factorization, which is the error that compensation cannot take away.
+        damping: fraction of the mean diagonal added to the Hessian; raised tenfold while it cannot be factored.
+    """
+
+    order: str = "activation"
+    static_groups: bool = True
+    grid: str = "ldl"
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is not supported: use one of {list(ORDERS)}.")
+        if self.grid not in grids.GRIDS:
+            raise ValueError(f"grid={self.grid!r} is not supported: use one of {list(grids.GRIDS)}.")
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"damping={self.damping} is not in [0, 1]: use a fraction of the mean, e.g. 0.01.")
+
+
+def gptq(
+    *, order: str = "activation", static_groups: bool = True, grid: str = "ldl", damping: float = 0.01
+) -> Method:
+    """GPTQ as a method of the pipeline; arguments as in `GPTQOptions`. Its statistics are the Hessian."""
+    options = GPTQOptions(order=order, static_groups=static_groups, grid=grid, damping=damping)
+
+    def init(d_in: int, d_out: int) -> Float[Array, "d_in d_in"]:
+        return jnp.zeros((d_in, d_in), jnp.float32)
+
+    def update(hessian: Float[Array, "d_in d_in"], batch: LayerBatch) -> Float[Array, "d_in d_in"]:
+        return accumulate(hessian, batch.x)
+
+    def solve(
+        weight: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"], spec: QuantSpec
+    ) -> Solution:
+        return solve_layer(weight, hessian, spec, options)
+
+    return Method(init, update, solve, hessian=lambda hessian: hessian, name="gptq")
+
+
+def gptq_solve(
+    weight: Float[Array, "d_in d_out"],
+    hessian: Float[Array, "d_in d_in"],
+    spec: QuantSpec | None = None,
+    *,
+    order: str = "activation",
+    static_groups: bool = True,
+    grid: str = "ldl",
+    damping: float = 0.01,
+) -> QuantizedTensor:
+    """Quantize one weight so that its outputs change least on inputs with this Hessian; needs no model.
+
+    Args:
+        weight: (d_in, d_out), as in Flax.
+        hessian: X^T X of the inputs X (tokens, d_in), times any positive factor.
+        spec: the grid; 4 bits in groups of 128, symmetric, if None.
+        order, static_groups, grid, damping: see `GPTQOptions`.
+
+    Returns:
+        The packed weight.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinity, a Hessian of zeros.
+
+    Warns:
+        UserWarning: the Hessian could not be factored with any damping, and the weight was rounded to nearest.
+    """
+    options = GPTQOptions(order=order, static_groups=static_groups, grid=grid, damping=damping)
+    weight, hessian = jnp.asarray(weight), jnp.asarray(hessian)
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise ValueError(f"weight has shape {weight.shape}: pass (d_in, d_out), or use jax.vmap over a batch.")
+    if hessian.shape != (weight.shape[0], weight.shape[0]):
+        raise ValueError(
+            f"hessian has shape {hessian.shape}, but weight {weight.shape} needs (d_in, d_in) = "
+            f"{(weight.shape[0], weight.shape[0])}; kernels are (d_in, d_out), so transpose a torch weight."
+        )
+    traced = isinstance(weight, jax.core.Tracer) or isinstance(hessian, jax.core.Tracer)
+    if not traced:
+        for name, array in (("weight", weight), ("hessian", hessian)):
+            if not bool(jnp.all(jnp.isfinite(array))):
+                raise ValueError(f"{name} holds NaN or infinity.")
+        if not bool(jnp.any(hessian)):
+            raise ValueError("hessian is zero: it saw no inputs. To round to nearest, say so with method rtn().")
+    solution = solve_layer(weight, hessian, spec or QuantSpec(), options)
+    if not traced and bool(solution.notes["fell_back"]):
+        warnings.warn("the Hessian could not be factored: the weight was rounded to nearest.", stacklevel=2)
+    return solution.tensor
+
+
+class _Block(NamedTuple):
+    """Rows in solving order: original weights, R^T D of the errors D before them, and their square of R."""
+
+    weight: Float[Array, "rows d_out"]
+    seen: Float[Array, "rows d_out"]
+    upper: Float[Array, "rows rows"]
+
+
+@partial(jax.jit, static_argnames=("spec", "options"))
+def solve_layer(
+    weight: Float[Array, "d_in d_out"],
+    hessian: Float[Array, "d_in d_in"],
+    spec: QuantSpec,
+    options: GPTQOptions,
+) -> Solution:
+    """GPTQ for one weight; arrays only, nothing checked. Under `vmap`, experts.
+
+    Returns:
+        The tensor, with notes `damping` (as used) and `fell_back`.
+    """
+    d_in, d_out = weight.shape
+    group_rows, groups = spec.group_rows(d_in), spec.groups(d_in)
+    hessian = hessian.astype(jnp.float32)
+    mean_diagonal = jnp.mean(jnp.diagonal(hessian))
+    # Whole groups only: inputs that never fire, with weight zero, change nothing.
+    padding = group_rows * groups - d_in
+    hessian = jnp.pad(hessian, ((0, padding), (0, padding)))
+    grouped = split_groups(weight.astype(jnp.float32), spec)
+
+    order = input_order(jnp.diagonal(hessian), options.order, group_rows)
+    back = jnp.argsort(order)
+    factor = factorize(hessian[order][:, order], options.damping, mean_diagonal)
+    pivots = jnp.square(jnp.diagonal(factor.upper))
+    rows = grouped.reshape(-1, d_out)[order]
+
+    # A column that is one group has the same grid either way: nothing comes before its first row.
+    if options.static_groups or groups == 1:
+        grid = jax.lax.map(
+            lambda group: grids.fit(options.grid, *group, spec), (grouped, pivots[back].reshape(groups, -1))
+        )
+        codes = _sweep_static(rows, factor.upper, order // group_rows, grid, spec)
+        group_of_row = None
+    else:
+        turn = order[::group_rows] // group_rows if options.order == "group" else jnp.arange(groups)
+        codes, grid = _sweep_dynamic(rows, factor.upper, turn, options.grid, spec, group_rows)
+        group_of_row = (back // group_rows)[:d_in] if options.order == "activation" else None
+    tensor = assemble(codes[back][:d_in], grid, spec, group_of_row)
+    return Solution(tensor, {"damping": factor.damping, "fell_back": ~factor.succeeded})
+
+
+def input_order(diagonal: Float[Array, "d_in"], order: str, group_rows: int) -> Integer[Array, "d_in"]:
+    """The permutation called `order` (one of ORDERS): entry k is the input rounded k-th."""
+    if order == "natural":
+        return jnp.arange(diagonal.shape[0])
+    if order == "activation":
+        return jnp.argsort(-diagonal, stable=True)
+    grouped = diagonal.reshape(-1, group_rows)
+    turn = jnp.argsort(-jnp.max(grouped, axis=1), stable=True)
+    within = jnp.argsort(-grouped, axis=1, stable=True)
+    return (turn[:, None] * group_rows + within[turn]).reshape(-1)
+
+
+def _sweep_static(
+    weight: Float[Array, "rows d_out"],
+    upper: Float[Array, "rows rows"],
+    group_of_row: Integer[Array, "rows"],
+    grid: grids.Grid,
+    spec: QuantSpec,
+) -> UInt8[Array, "rows d_out"]:
+    """Codes of all rows on grids known beforehand."""
+    rows = weight.shape[0]
+    block = min(_BLOCK, rows)
+    padding = -rows % block
+    weight = jnp.pad(weight, ((0, padding), (0, 0)))
+    upper = jnp.pad(upper, ((0, padding), (0, padding))) + jnp.diag(
+        (jnp.arange(rows + padding) >= rows).astype(jnp.float32)
+    )
+    group_of_row = jnp.pad(group_of_row, (0, padding))
+
+    def leaf(at: Array, block: _Block, codes: Array) -> tuple[Array, Array]:
+        home = jax.lax.dynamic_slice_in_dim(group_of_row, at, block.weight.shape[0])
+        errors, new = _round_rows(block, lambda j: jax.tree.map(lambda leaf: leaf[home[j]], grid), spec)
+        return errors, jax.lax.dynamic_update_slice_in_dim(codes, new, at, axis=0)
+
+    everything = _Block(weight, jnp.zeros_like(weight), upper)
+    return _sweep(everything, block, leaf, jnp.zeros(weight.shape, jnp.uint8))[1][:rows]
+
+
+def _sweep_dynamic(
+    weight: Float[Array, "rows d_out"],
+    upper: Float[Array, "rows rows"],
+    turn: Integer[Array, "groups"],
+    grid_name: str,
+    spec: QuantSpec,
+    group_rows: int,
+) -> tuple[UInt8[Array, "rows d_out"], grids.Grid]:
+    """Codes, and grids fitted to each group's compensated weights; the k-th group solved is number turn[k]."""
+    inner = max(size for size in range(1, _BLOCK + 1) if group_rows % size == 0)
+    inner = group_rows if inner < _BLOCK // 4 else inner  # no divisor is worth a loop of its own
+
+    def leaf(at: Array, group: _Block, state: tuple[Array, grids.Grid]) -> tuple[Array, tuple[Array, grids.Grid]]:
+        identity = jnp.eye(group_rows, dtype=jnp.float32)
+        inverse = solve_triangular(group.upper, identity, lower=False)
+        # What the paper's updates have made of these weights by now.
+        compensated = group.weight + _matmul(inverse.T, group.seen)
+        grid = grids.fit(grid_name, compensated, jnp.square(jnp.diagonal(group.upper)), spec)
+
+        def inner_leaf(inner_at: Array, block: _Block, codes: Array) -> tuple[Array, Array]:
+            errors, new = _round_rows(block, lambda j: grid, spec)
+            return errors, jax.lax.dynamic_update_slice_in_dim(codes, new, at + inner_at, axis=0)
+
+        codes, fitted = state
+        errors, codes = _sweep(group, inner, inner_leaf, codes)
+        home = turn[at // group_rows]
+        return errors, (codes, jax.tree.map(lambda all_, one: all_.at[home].set(one), fitted, grid))
+
+    empty = jnp.zeros((turn.shape[0], weight.shape[1]), jnp.float32)
+    state = (jnp.zeros(weight.shape, jnp.uint8), grids.Grid(empty, empty))
+    return _sweep(_Block(weight, jnp.zeros_like(weight), upper), group_rows, leaf, state)[1]
+
+
+def _sweep(
+    rows: _Block,
+    size: int,
+    leaf: Callable[[Array, _Block, State], tuple[Array, State]],
+    state: State,
+) -> tuple[Float[Array, "rows d_out"], State]:
+    """Visit `rows` in blocks of `size`, which divides them, gathering for each what the errors before it add.
+
+    Args:
+        rows: all of them.
+        size: rows of a block.
+        leaf: (first row, block, state) -> (errors of the block, state).
+        state: what leaves hand on.
+
+    Returns:
+        The errors W - Q, and the last state.
+    """
+    total = rows.weight.shape[0]
+    chunk = size * math.ceil(max(_CHUNK, total / _CHUNKS) / size)
+    done = rows.weight[:0]
+    for start in range(0, total, chunk):  # at most _CHUNKS times, whatever the size of the matrix
+        here = slice(start, start + chunk)
+        weight, upper = rows.weight[here], rows.upper[here, here]
+        seen = rows.seen[here] + _matmul(rows.upper[:start, here].T, done)
+
+        def visit(
+            k: Array,
+            carry: tuple[Array, State],
+            start: int = start,
+            weight: Array = weight,
+            upper: Array = upper,
+            seen: Array = seen,
+        ) -> tuple[Array, State]:
+            errors, state = carry
+            at = k * size
+            columns = jax.lax.dynamic_slice_in_dim(upper, at, size, axis=1)
+            # Errors from row `at` on are still zero, so that all rows can take part in the product.
+            block = _Block(
+                jax.lax.dynamic_slice_in_dim(weight, at, size),
+                jax.lax.dynamic_slice_in_dim(seen, at, size) + _matmul(columns.T, errors),
+                jax.lax.dynamic_slice_in_dim(columns, at, size),
+            )
+            new, state = leaf(start + at, block, state)
+            return jax.lax.dynamic_update_slice_in_dim(errors, new, at, axis=0), state
+
+        count = weight.shape[0] // size
+        errors, state = jax.lax.fori_loop(0, count, visit, (jnp.zeros_like(weight), state))
+        done = jnp.concatenate([done, errors])
+    return done, state
+
+
+def _round_rows(
+    rows: _Block, grid_of: Callable[[Array], grids.Grid], spec: QuantSpec
+) -> tuple[Float[Array, "rows d_out"], UInt8[Array, "rows d_out"]]:
+    """Round rows one after another, each compensated for the errors before it.
+
+    Args:
+        rows: a block.
+        grid_of: row -> its grid.
+        spec: the grid's bits.
+
+    Returns:
+        The errors W - Q, and the codes.
+    """
+    diagonal = jnp.diagonal(rows.upper)
+    # Row j: R_ij / R_jj of all i, transposed to lie contiguous.
+    influence = (rows.upper / diagonal).T
+    compensated = rows.weight + rows.seen / diagonal[:, None]
+
+    def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        errors, codes = carry
+        grid = grid_of(j)
+        code = grids.quantize(compensated[j] + _matmul(influence[j], errors), grid, spec)
+        error = rows.weight[j] - grids.dequantize(code, grid)
+        return errors.at[j].set(error), codes.at[j].set(code.astype(jnp.uint8))
+
+    empty = jnp.zeros_like(rows.weight), jnp.zeros(rows.weight.shape, jnp.uint8)
+    return jax.lax.fori_loop(0, rows.weight.shape[0], step, empty)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    # A GPU's default for float32 is TF32, which is not enough here.
+    return jnp.matmul(a, b, precision="highest")

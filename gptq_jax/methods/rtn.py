@@ -1,0 +1,52 @@
+"""Round to nearest: the baseline that needs no calibration."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gptq_jax import grids
+from gptq_jax.methods.base import LayerBatch, Method, assemble
+from gptq_jax.spec import QuantSpec
+from gptq_jax.tensor import QuantizedTensor
+
+
+def rtn(grid: str = "minmax") -> Method:
+    """Round every weight to the nearest point of its group's grid.
+
+    Args:
+        grid: "minmax" or "mse" ("ldl" needs a Hessian, which rounding to nearest does not look at).
+    """
+    if grid not in ("minmax", "mse"):
+        raise ValueError(f"grid={grid!r} does not go with rounding to nearest: use 'minmax' or 'mse'.")
+
+    def init(d_in: int, d_out: int) -> tuple[()]:
+        return ()
+
+    def update(stats: tuple[()], batch: LayerBatch) -> tuple[()]:
+        return stats
+
+    def solve(weight: Float[Array, "d_in d_out"], stats: tuple[()], spec: QuantSpec) -> QuantizedTensor:
+        return round_to_nearest(weight, spec, grid=grid)
+
+    return Method(init, update, solve, name="rtn")
+
+
+@partial(jax.jit, static_argnames=("spec", "grid"))
+def round_to_nearest(
+    weight: Float[Array, "d_in d_out"], spec: QuantSpec, grid: str = "minmax"
+) -> QuantizedTensor:
+    """`weight` on the grid called `grid` of each of its groups."""
+    grouped = split_groups(weight.astype(jnp.float32), spec)
+    ones = jnp.ones(grouped.shape[1], jnp.float32)
+    fitted = jax.lax.map(lambda group: grids.fit(grid, group, ones, spec), grouped)
+    codes = grids.quantize(grouped, grids.Grid(*(leaf[:, None] for leaf in fitted)), spec)
+    return assemble(codes.reshape(-1, weight.shape[1])[: weight.shape[0]], fitted, spec)
+
+
+def split_groups(weight: Float[Array, "d_in d_out"], spec: QuantSpec) -> Float[Array, "groups rows d_out"]:
+    """Groups of rows, the last padded with zeros, which no grid with zero on it minds."""
+    d_in, d_out = weight.shape
+    rows, groups = spec.group_rows(d_in), spec.groups(d_in)
+    return jnp.pad(weight, ((0, rows * groups - d_in), (0, 0))).reshape(groups, rows, d_out)

@@ -1,0 +1,94 @@
+"""The quantized weight that everything passes around."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
+
+from gptq_jax.spec import QuantSpec
+from pallas_kernels import reference
+from pallas_kernels.packing import packed_words
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensor:
+    """A packed weight: `weight[i, j] = (code[i, j] - zero[g(i), j]) * scale[g(i), j]`.
+
+    Attributes:
+        codes: packed along the inputs by `pallas_kernels.packing.pack`, the layout of Hugging Face's `qweight`.
+        scales: floating, one for each group and output.
+        zeros: uint8 (or floating, for methods that fit real ones); None for a symmetric grid: `2**(bits-1)`.
+        group_of_row: the group of each input; None for rows in order, `i // spec.group_rows(d_in)`.
+        spec: the grid. Static.
+        d_in: inputs, which the packed words alone do not tell. Static.
+    """
+
+    codes: UInt32[Array, "*batch words d_out"]
+    scales: Float[Array, "*batch groups d_out"]
+    zeros: Shaped[Array, "*batch groups d_out"] | None
+    group_of_row: Int32[Array, "*batch d_in"] | None
+    spec: QuantSpec = field(metadata={"static": True})
+    d_in: int = field(metadata={"static": True})
+
+    @property
+    def d_out(self) -> int:
+        """Outputs."""
+        return self.codes.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the float weight."""
+        return (*self.codes.shape[:-2], self.d_in, self.d_out)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all arrays for each weight."""
+        return 8 * self.nbytes / int(np.prod(self.shape))
+
+    def dequantize(self, dtype: jnp.dtype | str = jnp.float32) -> Float[Array, "d_in d_out"]:
+        """The float weight."""
+        return reference.dequantize(
+            self.codes,
+            self.scales,
+            self.zeros,
+            self.group_of_row,
+            bits=self.spec.bits,
+            group_rows=self.spec.group_rows(self.d_in),
+            d_in=self.d_in,
+        ).astype(dtype)
+
+
+def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
+    """Raise ValueError naming `name` and the first array that breaks an invariant of `QuantizedTensor`.
+
+    Not called when the dataclass is made: JAX rebuilds pytrees with placeholders in place of arrays.
+    """
+    spec, d_in, d_out = tensor.spec, tensor.d_in, tensor.d_out
+    expected = {"codes": (packed_words(d_in, spec.bits), d_out), "scales": (spec.groups(d_in), d_out)}
+    if not spec.symmetric:
+        expected["zeros"] = (spec.groups(d_in), d_out)
+    if tensor.group_of_row is not None:
+        expected["group_of_row"] = (d_in,)
+    for array, shape in expected.items():
+        found = getattr(tensor, array)
+        if found is None or found.shape != shape:
+            found_shape = None if found is None else found.shape
+            raise ValueError(f"{name}: {array} has shape {found_shape}, but {spec} with d_in={d_in} needs {shape}.")
+    if spec.symmetric and tensor.zeros is not None:
+        raise ValueError(f"{name}: zeros are stored, but the grid is symmetric.")
+    if tensor.codes.dtype != jnp.uint32:
+        raise ValueError(f"{name}: codes are {tensor.codes.dtype}, not uint32.")
+    if not bool(jnp.all(jnp.isfinite(tensor.scales))):
+        raise ValueError(f"{name}: scales hold NaN or infinity.")
+    if tensor.group_of_row is not None:
+        low, high = int(tensor.group_of_row.min()), int(tensor.group_of_row.max())
+        if low < 0 or high >= spec.groups(d_in):
+            raise ValueError(f"{name}: group_of_row spans {low}..{high}, but there are {spec.groups(d_in)} groups.")
