@@ -1,0 +1,122 @@
+"""GGUF files: llama.cpp's single-file checkpoints, dequantized tensor by tensor."""
+
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from gptq_jax.storage.base import BFLOAT16, CheckpointError
+from gptq_jax.storage.gguf_config import llama_config
+from gptq_jax.storage.gguf_header import TensorInfo, read_header
+
+FLOAT_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
+BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+ROPE_DIVISORS = "rope_freqs.weight"
+OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GgufFile:
+    """A `TensorSource` over one GGUF file of a Llama or Mistral model.
+
+    F32, F16 and BF16 tensors come as stored; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K as float32.
+
+    Raises:
+        CheckpointError: the file is damaged, its architecture is not supported, or a tensor has another type.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.stat().st_size == 0:
+            raise CheckpointError(self.path, "is empty.")
+        self._data = np.memmap(self.path, mode="r")
+        header = read_header(self.path, self._data)
+        for name, info in header.tensors.items():
+            _check_type(self.path, name, info)
+        self._metadata = header.metadata
+        rope = header.tensors.get(ROPE_DIVISORS)
+        divisors = None if rope is None else self._read(rope)
+        self.config: dict[str, Any] = llama_config(self.path, header, divisors)
+        self._tensors = {hf_name(name): info for name, info in header.tensors.items() if info is not rope}
+
+    def names(self) -> list[str]:
+        """Every tensor; one whose GGUF name has no counterpart keeps it."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one tensor, from the header."""
+        return self._tensors[name].shape
+
+    def tensor(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """One tensor, dequantized; query and key rows in Hugging Face's order."""
+        values = self._read(self._tensors[name])
+        for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if f".{projection}." in name:
+                if values.shape[0] % (2 * self.config[heads]):
+                    raise CheckpointError(
+                        self.path,
+                        f"{name}: {values.shape[0]} rows are not pairs for {self.config[heads]} heads.",
+                    )
+                return half_rotation_order(values, self.config[heads])
+        return values
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer the metadata describes."""
+        from gptq_jax.storage.tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(
+            self.path, self._metadata, context_length=self.config["max_position_embeddings"]
+        )
+
+    def _read(self, info: TensorInfo) -> Shaped[np.ndarray, "..."]:
+        raw = self._data[info.start : info.start + info.nbytes]
+        if info.type.name in FLOAT_TYPES:
+            return np.asarray(raw.view(FLOAT_TYPES[info.type.name]).reshape(info.shape))
+        from gguf.quants import dequantize
+
+        # Damaged scales become NaN or infinity, which the reader of the parameters reports.
+        with np.errstate(all="ignore"):
+            return np.asarray(dequantize(raw.reshape(-1, info.row_bytes), info.type)).reshape(info.shape)
+
+
+def hf_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
+    if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        index, part, kind = found.groups()
+        return f"model.layers.{index}.{BLOCK[part]}.{kind}" if part in BLOCK else name
+    part, _, kind = name.rpartition(".")
+    return f"{OUTER[part]}.{kind}" if part in OUTER else name
+
+
+def half_rotation_order(
+    values: Float[np.ndarray, "rows *d_in"], heads: int
+) -> Float[np.ndarray, "rows *d_in"]:
+    """Undo llama.cpp's reordering of query and key rows (or biases).
+
+    GGUF keeps the two members of a rotary pair next to each other in a head; Hugging Face keeps them half a
+    head apart (`LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py is the inverse).
+    """
+    pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _check_type(path: Path, name: str, info: TensorInfo) -> None:
+    if info.type.name not in FLOAT_TYPES and info.type.name not in BLOCK_TYPES:
+        raise CheckpointError(
+            path,
+            f"tensor {name!r} is {info.type.name}, which cannot be read; "
+            f"{', '.join((*FLOAT_TYPES, *BLOCK_TYPES))} can.",
+        )
