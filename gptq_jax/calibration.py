@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Shaped
+from jaxtyping import Array, Bool, Int32, Shaped
 
 SPLITS = ("train", "validation", "test")
 # The reader of `datasets` for each file suffix.
@@ -23,8 +23,8 @@ TEXT_COLUMN = "text"
 class Batch(NamedTuple):
     """Token rows and, where rows are padded, which tokens are text."""
 
-    tokens: Int32[np.ndarray, "batch time"]
-    mask: Bool[np.ndarray, "batch time"] | None = None
+    tokens: Int32[np.ndarray | Array, "batch time"]
+    mask: Bool[np.ndarray | Array, "batch time"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +136,7 @@ def sample_windows(
     return stream[starts[:, None] + np.arange(length)]
 
 
-def batches(
-    tokens: Shaped[np.ndarray, "samples length"], batch_size: int
-) -> list[Shaped[np.ndarray, "batch length"]]:
+def batches(tokens: Shaped[np.ndarray, "samples length"], batch_size: int) -> list[Shaped[np.ndarray, "batch length"]]:
     """Split rows into batches of `batch_size`; the last may be smaller."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be positive.")
@@ -199,9 +197,7 @@ def _read_corpus(source: str, corpus: Corpus, split: str) -> str:
         rows = load_dataset(
             corpus.path, corpus.name, data_files=files, revision=corpus.revision, split=split, streaming=True
         )
-        return corpus.joint.join(
-            row[corpus.column] for row in (rows.take(corpus.rows) if corpus.rows else rows)
-        )
+        return corpus.joint.join(row[corpus.column] for row in (rows.take(corpus.rows) if corpus.rows else rows))
     except OSError as error:
         raise ConnectionError(
             f"{source} is read from the Hugging Face Hub, which gave: {_first_line(error)}; "

@@ -64,7 +64,8 @@ def clipped(
     def attempt(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         least, scale = best
         shrunk = _representable(full.scale * (1.0 - step.astype(jnp.float32) / _STEPS), spec)
-        error = jnp.abs(group - dequantize(quantize(group, Grid(shrunk, full.zero), spec), Grid(shrunk, full.zero)))
+        grid = Grid(shrunk[None], full.zero[None])
+        error = jnp.abs(group - dequantize(quantize(group, grid, spec), grid))
         error = error * error if norm == 2 else error**norm
         loss = jnp.sum(importance[:, None] * error, axis=0)
         return jnp.minimum(loss, least), jnp.where(loss < least, shrunk, scale)
@@ -101,4 +102,5 @@ def stored_zeros(zero: Float[Array, "groups d_out"], spec: QuantSpec) -> UInt8[A
 def _representable(scale: Float[Array, "d_out"], spec: QuantSpec) -> Float[Array, "d_out"]:
     """Round to the stored dtype, so that codes are chosen for the scales that will be used; never to zero."""
     dtype = jnp.dtype(spec.scale_dtype or "float32")
-    return jnp.clip(scale, jnp.finfo(dtype).tiny, jnp.finfo(dtype).max).astype(dtype).astype(jnp.float32)
+    least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    return jnp.clip(scale, least, most).astype(dtype).astype(jnp.float32)

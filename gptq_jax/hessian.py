@@ -20,9 +20,7 @@ class Factor(NamedTuple):
     succeeded: Bool[Array, ""]  # False: `upper` is the identity, with which GPTQ is round to nearest
 
 
-def accumulate(
-    hessian: Float[Array, "d_in d_in"], inputs: Float[Array, "tokens d_in"]
-) -> Float[Array, "d_in d_in"]:
+def accumulate(hessian: Float[Array, "d_in d_in"], inputs: Float[Array, "tokens d_in"]) -> Float[Array, "d_in d_in"]:
     """`hessian + inputs^T inputs`, in float32."""
     x = inputs.astype(jnp.float32)
     return hessian + jnp.matmul(x.T, x, precision="highest")
@@ -58,6 +56,6 @@ def factorize(hessian: Float[Array, "d_in d_in"], damping: float, mean_diagonal:
     return result._replace(upper=jnp.where(result.succeeded, result.upper, identity))
 
 
-def proxy_loss(error: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"]) -> Float[Array, ""]:
-    """tr(error^T H error): the squared output error summed over the calibration tokens."""
-    return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"))
+def output_energy(error: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"]) -> Float[Array, "d_out"]:
+    """The squared outputs of each column of `error`, summed over the calibration tokens: diag(E^T H E)."""
+    return jnp.sum(error * jnp.matmul(hessian, error, precision="highest"), axis=0)

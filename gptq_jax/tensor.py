@@ -1,6 +1,9 @@
 """The quantized weight that everything passes around."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from pallas_kernels.packing import packed_words
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+@no_type_check  # JAX rebuilds pytrees with shapes and placeholders in place of arrays
 class QuantizedTensor:
     """A packed weight: `weight[i, j] = (code[i, j] - zero[g(i), j]) * scale[g(i), j]`.
 
@@ -66,13 +70,32 @@ class QuantizedTensor:
         ).astype(dtype)
 
 
+def split_outputs(tensor: QuantizedTensor, sizes: Sequence[int]) -> list[QuantizedTensor]:
+    """Cut a weight into weights of `sizes` outputs each."""
+    starts = list(accumulate(sizes, initial=0))
+
+    outputs = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+    return [
+        replace(
+            tensor,
+            codes=tensor.codes[..., here],
+            scales=tensor.scales[..., here],
+            zeros=None if tensor.zeros is None else tensor.zeros[..., here],
+        )
+        for here in outputs
+    ]
+
+
 def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
     """Raise ValueError naming `name` and the first array that breaks an invariant of `QuantizedTensor`.
 
     Not called when the dataclass is made: JAX rebuilds pytrees with placeholders in place of arrays.
     """
     spec, d_in, d_out = tensor.spec, tensor.d_in, tensor.d_out
-    expected = {"codes": (packed_words(d_in, spec.bits), d_out), "scales": (spec.groups(d_in), d_out)}
+    expected: dict[str, tuple[int, ...]] = {
+        "codes": (packed_words(d_in, spec.bits), d_out),
+        "scales": (spec.groups(d_in), d_out),
+    }
     if not spec.symmetric:
         expected["zeros"] = (spec.groups(d_in), d_out)
     if tensor.group_of_row is not None:

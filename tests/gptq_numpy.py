@@ -15,19 +15,25 @@ def minmax_grid(group, bits, symmetric):
 
 
 def search_grid(group, importance, bits, symmetric, norm):
+    """Scale and zero, and by how much the best scale beats the second best."""
     full, zero = minmax_grid(group, bits, symmetric)
-    best, chosen = np.full(full.shape, np.inf), full.copy()
+    losses = []
     for step in range(61):
         scale = full * (1 - step / 80)
         error = np.abs(group - (np.clip(np.round(group / scale) + zero, 0, 2**bits - 1) - zero) * scale) ** norm
-        loss = (importance[:, None] * error).sum(0)
-        chosen = np.where(loss < best, scale, chosen)
-        best = np.minimum(loss, best)
-    return chosen, zero
+        losses.append((importance[:, None] * error).sum(0))
+    best = np.argmin(losses, axis=0)
+    least, second = np.sort(losses, axis=0)[:2]
+    return full * (1 - best / 80), zero, (second - least) / np.maximum(least, 1e-30)
 
 
 def gptq(weight, hessian, *, bits, group_size, symmetric, order, static_groups, grid="minmax", damping=0.01):
-    """The dequantized weight; weight [d_in, d_out]."""
+    """The dequantized weight, and which of its columns float32 can be held to; weight [d_in, d_out].
+
+    Columns are independent. Where one comes within a hair of a tie, in rounding (the symmetric grid makes some:
+    its largest weight lies at half a code) or between two candidate scales, either answer is right.
+    """
+    safe = np.ones(weight.shape[1], bool)
     weight, hessian = weight.astype(np.float64).copy(), hessian.astype(np.float64).copy()
     d_in = weight.shape[0]
     group_rows = d_in if group_size == -1 else min(group_size, d_in)
@@ -54,14 +60,13 @@ def gptq(weight, hessian, *, bits, group_size, symmetric, order, static_groups, 
     def fit(rows, importance):
         if grid == "minmax":
             return minmax_grid(rows, bits, symmetric)
-        if grid == "mse":
-            return search_grid(rows, np.ones(len(rows)), bits, symmetric, 2.4)
-        return search_grid(rows, importance, bits, symmetric, 2.0)
+        importance, norm = (np.ones(len(rows)), 2.4) if grid == "mse" else (importance, 2.0)
+        scale, zero, margin = search_grid(rows, importance, bits, symmetric, norm)
+        safe[margin < 1e-4] = False
+        return scale, zero
 
     back = np.argsort(permutation)
-    static = [
-        fit(original[s : s + group_rows], pivots[back][s : s + group_rows]) for s in range(0, d_in, group_rows)
-    ]
+    static = [fit(original[s : s + group_rows], pivots[back][s : s + group_rows]) for s in range(0, d_in, group_rows)]
     quantized = np.zeros_like(weight)
     current = None
     for j in range(d_in):
@@ -74,13 +79,20 @@ def gptq(weight, hessian, *, bits, group_size, symmetric, order, static_groups, 
                 # The paper updates lazily; here every weight is current, so the group is what it will be.
                 scale, zero = fit(weight[j : j + count], pivots[j : j + count])
                 current = home
-        code = np.clip(np.round(weight[j] / scale) + zero, 0, 2**bits - 1)
+        exact = weight[j] / scale
+        safe[np.abs(exact - np.floor(exact) - 0.5) < 2e-4] = False
+        code = np.clip(np.round(exact) + zero, 0, 2**bits - 1)
         quantized[j] = (code - zero) * scale
         error = (weight[j] - quantized[j]) / inverse_factor[j, j]
         weight[j:] -= np.outer(inverse_factor[j, j:], error)
-    return quantized[back]
+    return quantized[back], safe
+
+
+def column_losses(weight, quantized, hessian):
+    """The squared output error of each column."""
+    error = weight.astype(np.float64) - np.asarray(quantized, np.float64)
+    return np.sum(error * (hessian.astype(np.float64) @ error), axis=0)
 
 
 def proxy_loss(weight, quantized, hessian):
-    error = weight.astype(np.float64) - np.asarray(quantized, np.float64)
-    return float(np.sum(error * (hessian.astype(np.float64) @ error)))
+    return float(column_losses(weight, quantized, hessian).sum())

@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, UInt8
 
 from gptq_jax import grids
@@ -64,9 +65,7 @@ class GPTQOptions:
             raise ValueError(f"damping={self.damping} is not in [0, 1]: use a fraction of the mean, e.g. 0.01.")
 
 
-def gptq(
-    *, order: str = "activation", static_groups: bool = True, grid: str = "ldl", damping: float = 0.01
-) -> Method:
+def gptq(*, order: str = "activation", static_groups: bool = True, grid: str = "ldl", damping: float = 0.01) -> Method:
     """GPTQ as a method of the pipeline; arguments as in `GPTQOptions`. Its statistics are the Hessian."""
     options = GPTQOptions(order=order, static_groups=static_groups, grid=grid, damping=damping)
 
@@ -76,17 +75,15 @@ def gptq(
     def update(hessian: Float[Array, "d_in d_in"], batch: LayerBatch) -> Float[Array, "d_in d_in"]:
         return accumulate(hessian, batch.x)
 
-    def solve(
-        weight: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"], spec: QuantSpec
-    ) -> Solution:
+    def solve(weight: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"], spec: QuantSpec) -> Solution:
         return solve_layer(weight, hessian, spec, options)
 
     return Method(init, update, solve, hessian=lambda hessian: hessian, name="gptq")
 
 
 def gptq_solve(
-    weight: Float[Array, "d_in d_out"],
-    hessian: Float[Array, "d_in d_in"],
+    weight: ArrayLike,
+    hessian: ArrayLike,
     spec: QuantSpec | None = None,
     *,
     order: str = "activation",
@@ -171,7 +168,8 @@ def solve_layer(
     # A column that is one group has the same grid either way: nothing comes before its first row.
     if options.static_groups or groups == 1:
         grid = jax.lax.map(
-            lambda group: grids.fit(options.grid, *group, spec), (grouped, pivots[back].reshape(groups, -1))
+            lambda group: grids.fit(options.grid, group[0], group[1], spec),
+            (grouped, pivots[back].reshape(groups, -1)),
         )
         codes = _sweep_static(rows, factor.upper, order // group_rows, grid, spec)
         group_of_row = None
@@ -320,7 +318,7 @@ def _round_rows(
     """
     diagonal = jnp.diagonal(rows.upper)
     # Row j: R_ij / R_jj of all i, transposed to lie contiguous.
-    influence = (rows.upper / diagonal).T
+    influence = (rows.upper / diagonal[None]).T
     compensated = rows.weight + rows.seen / diagonal[:, None]
 
     def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

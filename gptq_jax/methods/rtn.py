@@ -34,9 +34,7 @@ def rtn(grid: str = "minmax") -> Method:
 
 
 @partial(jax.jit, static_argnames=("spec", "grid"))
-def round_to_nearest(
-    weight: Float[Array, "d_in d_out"], spec: QuantSpec, grid: str = "minmax"
-) -> QuantizedTensor:
+def round_to_nearest(weight: Float[Array, "d_in d_out"], spec: QuantSpec, grid: str = "minmax") -> QuantizedTensor:
     """`weight` on the grid called `grid` of each of its groups."""
     grouped = split_groups(weight.astype(jnp.float32), spec)
     ones = jnp.ones(grouped.shape[1], jnp.float32)

@@ -77,9 +77,7 @@ class GgufFile:
         """The tokenizer the metadata describes."""
         from gptq_jax.storage.tokenizer import gguf_tokenizer
 
-        return gguf_tokenizer(
-            self.path, self._metadata, context_length=self.config["max_position_embeddings"]
-        )
+        return gguf_tokenizer(self.path, self._metadata, context_length=self.config["max_position_embeddings"])
 
     def _read(self, info: TensorInfo) -> Shaped[np.ndarray, "..."]:
         raw = self._data[info.start : info.start + info.nbytes]
@@ -101,9 +99,7 @@ def hf_name(name: str) -> str:
     return f"{OUTER[part]}.{kind}" if part in OUTER else name
 
 
-def half_rotation_order(
-    values: Float[np.ndarray, "rows *d_in"], heads: int
-) -> Float[np.ndarray, "rows *d_in"]:
+def half_rotation_order(values: Float[np.ndarray, "rows *d_in"], heads: int) -> Float[np.ndarray, "rows *d_in"]:
     """Undo llama.cpp's reordering of query and key rows (or biases).
 
     GGUF keeps the two members of a rotary pair next to each other in a head; Hugging Face keeps them half a

@@ -16,9 +16,7 @@ ARCHITECTURES = ("llama",)
 LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
 
-def llama_config(
-    path: Path, header: Header, rope_divisors: Float[np.ndarray, "pairs"] | None
-) -> dict[str, Any]:
+def llama_config(path: Path, header: Header, rope_divisors: Float[np.ndarray, "pairs"] | None) -> dict[str, Any]:
     """The config of a Llama or Mistral model (llama.cpp calls both llama).
 
     Args:
@@ -46,9 +44,7 @@ def llama_config(
     rotary = keys.get("rope.dimension_count", int, None)
     head_dim = keys.positive("attention.key_length", int, rotary or hidden // heads)
     if keys.get("attention.value_length", int, head_dim) != head_dim or (rotary or head_dim) != head_dim:
-        raise CheckpointError(
-            path, f"rotary or value dimensions differ from the key's {head_dim}: not supported."
-        )
+        raise CheckpointError(path, f"rotary or value dimensions differ from the key's {head_dim}: not supported.")
     context = keys.positive("context_length", int)
     theta = keys.positive("rope.freq_base", float, 10000.0)
     window = keys.get("attention.sliding_window", int, None)
@@ -125,9 +121,7 @@ def _rope_scaling(
     original = keys.get("rope.scaling.original_context_length", int, None)
     if divisors is not None:
         if kind != "none":
-            raise CheckpointError(
-                keys.path, f"has both rope_freqs.weight and rope scaling {kind!r}: not supported."
-            )
+            raise CheckpointError(keys.path, f"has both rope_freqs.weight and rope scaling {kind!r}: not supported.")
         return _llama3_scaling(keys.path, frequencies, divisors, original or LLAMA3_CONTEXT)
     if kind == "linear" or (kind == "none" and "rope.scale_linear" in keys.values):
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
@@ -135,9 +129,7 @@ def _rope_scaling(
         scaling = {"rope_type": "yarn", "factor": factor}
         return {**scaling, "original_max_position_embeddings": original or round(context / factor)}
     if kind != "none":
-        raise CheckpointError(
-            keys.path, f"rope scaling {kind!r} is not supported: none, linear, yarn and llama3 are."
-        )
+        raise CheckpointError(keys.path, f"rope scaling {kind!r} is not supported: none, linear, yarn and llama3 are.")
     return None
 
 
@@ -155,14 +147,8 @@ def _llama3_scaling(
 ) -> dict[str, Any] | None:
     """Find the parameters whose divisors the file stores."""
     divisors = divisors.astype(np.float64).ravel()
-    if (
-        divisors.shape != frequencies.shape
-        or not np.all(np.isfinite(divisors))
-        or np.any(divisors < 1 - 1e-5)
-    ):
-        raise CheckpointError(
-            path, f"rope_freqs.weight does not hold {frequencies.size} divisors of at least 1."
-        )
+    if divisors.shape != frequencies.shape or not np.all(np.isfinite(divisors)) or np.any(divisors < 1 - 1e-5):
+        raise CheckpointError(path, f"rope_freqs.weight does not hold {frequencies.size} divisors of at least 1.")
     if np.allclose(divisors, 1, rtol=0, atol=1e-5):
         return None
     factor = float(str(np.float32(np.max(divisors))))

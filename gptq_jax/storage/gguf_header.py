@@ -137,9 +137,7 @@ def _raw_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, dims[::-1], cursor.scalar("<I"), cursor.scalar("<Q")
 
 
-def _place(
-    cursor: _Cursor, raw: list[tuple[str, tuple[int, ...], int, int]], begin: int
-) -> dict[str, TensorInfo]:
+def _place(cursor: _Cursor, raw: list[tuple[str, tuple[int, ...], int, int]], begin: int) -> dict[str, TensorInfo]:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     tensors: dict[str, TensorInfo] = {}
@@ -163,9 +161,7 @@ def _place(
                 cursor.path,
                 f"is truncated or corrupt: tensor {name!r} should end at byte {begin + offset + nbytes}.",
             )
-        tensors[name] = TensorInfo(
-            shape=shape, type=kind, row_bytes=row_bytes, start=begin + offset, nbytes=nbytes
-        )
+        tensors[name] = TensorInfo(shape=shape, type=kind, row_bytes=row_bytes, start=begin + offset, nbytes=nbytes)
     end, previous = 0, ""
     for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
         if info.start < end:

@@ -132,9 +132,7 @@ def _check(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
 
 
 def _equal(source: TensorSource, one: str, other: str) -> bool:
-    return source.shape(one) == source.shape(other) and np.array_equal(
-        source.tensor(one), source.tensor(other)
-    )
+    return source.shape(one) == source.shape(other) and np.array_equal(source.tensor(one), source.tensor(other))
 
 
 def _read(source: TensorSource, name: str, transposed: bool, dtype: str) -> jax.Array:

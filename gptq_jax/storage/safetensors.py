@@ -61,9 +61,7 @@ class SafetensorsDirectory:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             # Anything can come out of a foreign tokenizer.json: the Rust library raises plain Exception.
             raise CheckpointError(self.path, f"the tokenizer cannot be read: {first_line(error)}") from error
@@ -131,9 +129,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         # A name with a separator, or a drive, could lead out of the directory.
         if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\:\0"):
-            raise CheckpointError(
-                path, f"places tensor {name!r} in {file!r}, which is not a plain file name."
-            )
+            raise CheckpointError(path, f"places tensor {name!r} in {file!r}, which is not a plain file name.")
         if not (path.parent / file).is_file():
             raise CheckpointError(path, f"names shard {file!r}, which is not there: download it too.")
     return weight_map

@@ -82,9 +82,7 @@ def gguf_tokenizer(path: Path, metadata: Mapping[str, Any], *, context_length: i
     if kind is None and f"{PREFIX}tokens" not in metadata:
         return None
     if kind not in _BUILDERS:
-        raise CheckpointError(
-            path, f"the tokenizer {kind!r} is not supported; {', '.join(sorted(_BUILDERS))} are."
-        )
+        raise CheckpointError(path, f"the tokenizer {kind!r} is not supported; {', '.join(sorted(_BUILDERS))} are.")
     fields = _Fields(path, metadata)
     tokens = fields.array("tokens", str)
     if not tokens:
@@ -145,9 +143,7 @@ def _byte_level(fields: _Fields, tokens: list[str], types: list[int]) -> tuple[A
     tokenizer = Tokenizer(models.BPE(_vocabulary(tokens), merges, ignore_merges=splitting.whole_words))
     if splitting.normal_form:
         tokenizer.normalizer = normalizers.NFC()
-    steps: list[Any] = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns
-    ]
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
@@ -159,9 +155,7 @@ def _sentencepiece(fields: _Fields, tokens: list[str], types: list[int]) -> tupl
 
     scores = fields.array("scores", float, len(tokens))
     if not scores:
-        raise CheckpointError(
-            fields.path, "the SentencePiece tokenizer has no scores (tokenizer.ggml.scores)."
-        )
+        raise CheckpointError(fields.path, "the SentencePiece tokenizer has no scores (tokenizer.ggml.scores).")
     prefix = fields.flag("add_space_prefix", True)
     tokenizer = Tokenizer(
         models.BPE(
@@ -194,10 +188,7 @@ def sentencepiece_merges(tokens: list[str], scores: list[float], types: list[int
         if kind == NORMAL:
             splits = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
             splits = [split for split in splits if split[0] in pieces and split[1] in pieces]
-            found += [
-                (score, *split)
-                for split in sorted(splits, key=lambda split: (rank[split[0]], rank[split[1]]))
-            ]
+            found += [(score, *split) for split in sorted(splits, key=lambda split: (rank[split[0]], rank[split[1]]))]
     found.sort(key=lambda merge: (merge[0], len(merge[1]), len(merge[2])), reverse=True)
     return [(left, right) for _, left, right in found]
 
@@ -225,9 +216,7 @@ def _add_whole_tokens(tokenizer: Any, tokens: list[str], types: list[int]) -> No
     tokenizer.add_tokens(added(USER_DEFINED, special=False))
 
 
-def _wrap(
-    fields: _Fields, backend: Any, tokens: list[str], kind: str, add_bos: bool, context_length: int
-) -> Any:
+def _wrap(fields: _Fields, backend: Any, tokens: list[str], kind: str, add_bos: bool, context_length: int) -> Any:
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,46 @@
+"""GPTQ for Flax language models: quantize, check, store and run them at 2, 3, 4 or 8 bits."""
+
+# ruff: noqa: I001  (grouped by level)
+from importlib.metadata import version as _version
+
+# grids and packed weights
+from gptq_jax.spec import QuantSpec, SpecRules
+from gptq_jax.tensor import QuantizedTensor
+
+# methods
+from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
+
+# models and checkpoints
+from gptq_jax.models.base import Model
+from gptq_jax.storage import CheckpointError, load, save
+
+# the whole job
+from gptq_jax.calibration import calibration_batches
+from gptq_jax.evaluate import compare, perplexity
+from gptq_jax.generate import generate
+from gptq_jax.pipeline import quantize
+from gptq_jax.report import Report
+
+__version__ = _version("gptq-jax")
+
+__all__ = [
+    "CheckpointError",
+    "LayerBatch",
+    "Method",
+    "Model",
+    "QuantSpec",
+    "QuantizedTensor",
+    "Report",
+    "Solution",
+    "SpecRules",
+    "calibration_batches",
+    "compare",
+    "generate",
+    "gptq",
+    "gptq_solve",
+    "load",
+    "perplexity",
+    "quantize",
+    "rtn",
+    "save",
+]

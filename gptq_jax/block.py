@@ -1,0 +1,266 @@
+"""Quantize one block: watch what its linear layers are fed, solve them, put the answers in their place."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from gptq_jax.hessian import accumulate, output_energy
+from gptq_jax.hooks.nnx import Params
+from gptq_jax.methods.base import LayerBatch, Method, Solution
+from gptq_jax.methods.rtn import round_to_nearest
+from gptq_jax.models.base import capture_block, input_groups, run_block
+from gptq_jax.report import LayerReport
+from gptq_jax.spec import QuantSpec
+from gptq_jax.tensor import QuantizedTensor, split_outputs
+
+Inputs = dict[str, Array]  # of linear layers by path, [batch, time, d_in]
+
+_KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
+
+
+class Clock:
+    """Wall seconds by stage. `with clock("solve") as ready: ready(array)` waits for what the stage computes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[Callable[[Any], Any]]:
+        """Add the time of the `with` block to `stage`."""
+        start = time.perf_counter()
+        yield jax.block_until_ready
+        self.seconds[stage] += time.perf_counter() - start
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTask:
+    """One block of a model, and what is to be done with it.
+
+    Attributes:
+        config, kind: of the architecture.
+        prefix: of its layers' paths, like "layers.3.".
+        specs: the grid of each linear layer by path inside the block; None stays float.
+        method: the quantization method.
+        masks: of the calibration batches: True for real tokens; None if all are.
+        clock: where seconds are counted.
+    """
+
+    config: Any
+    kind: Any
+    prefix: str
+    specs: dict[str, QuantSpec | None]
+    method: Method
+    masks: Sequence[Bool[Array, "batch time"] | None]
+    clock: Clock = field(default_factory=Clock)
+
+    def run(self, params: Params, stream: list[Array], known: list[Inputs]) -> list[Array]:
+        """The residual stream after the block, batch by batch."""
+        with self.clock("forward") as ready:
+            return ready(
+                [
+                    run_block(self.config, self.kind, params, x, mask=mask, known=inputs)[0]
+                    for x, mask, inputs in zip(stream, self.masks, known, strict=True)
+                ]
+            )
+
+
+def quantize_block(
+    task: BlockTask,
+    params: Params,
+    stream: list[Array],
+    *,
+    true_sequential: bool,
+    done: Callable[[LayerReport], None],
+) -> tuple[Params, list[Array]]:
+    """Quantize the linear layers of one block.
+
+    Args:
+        task: what to do.
+        params: the float parameters.
+        stream: the residual stream before the block, an array [batch, time, d_model] for each batch.
+        true_sequential: layers see their quantized predecessors inside the block.
+        done: called with the report of each layer.
+
+    Returns:
+        The parameters with packed kernels, and the residual stream after the block that holds them.
+    """
+    groups = [
+        targeted
+        for group in input_groups(task.config, task.kind)
+        if (targeted := tuple(path for path in group if task.specs[path] is not None))
+    ]
+    packed = working = params
+    # Inputs seen once are not computed again, so a block costs one forward pass, not one for each stage.
+    known: list[Inputs] = [{} for _ in stream]
+    for stage in [[group] for group in groups] if true_sequential else [groups]:
+        observed = _observe(task, working, stream, known if true_sequential else [{} for _ in stream], stage)
+        for group, (stats, hessian, tokens) in zip(stage, observed, strict=True):
+            for path, tensor, report in _solve(task, params, group, stats, hessian, tokens):
+                packed = _replace(packed, path, tensor)
+                working = _replace(working, path, tensor.dequantize(_kernel(params, path).dtype))
+                done(report)
+    return packed, task.run(working, stream, known)
+
+
+def _observe(
+    task: BlockTask, params: Params, stream: list[Array], known: list[Inputs], groups: list[tuple[str, ...]]
+) -> list[tuple[Any, Array, int]]:
+    """The method's statistics, the Hessian and the number of tokens of each group's shared input.
+
+    Inputs are added to `known`, as far as `_KEPT_BYTES` go.
+    """
+    method = task.method
+    update = _jit(method.update, donate=0)
+    wanted = tuple(group[0] for group in groups)
+    stats: dict[str, Any] = {}
+    hessians: dict[str, Any] = {}
+    tokens = dict.fromkeys(wanted, 0)
+    for path, group in zip(wanted, groups, strict=True):
+        d_in = _kernel(params, path).shape[0]
+        stats[path] = method.init(d_in, sum(_kernel(params, member).shape[1] for member in group))
+        hessians[path] = jnp.zeros((d_in, d_in), jnp.float32) if method.hessian is None else None
+    expected, kept = 0, _nbytes(known)
+    for x, mask, inputs in zip(stream, task.masks, known, strict=True):
+        real = x.shape[0] * x.shape[1] if mask is None else int(mask.sum())
+        expected += real
+        with task.clock("forward") as ready:
+            captured = ready(capture_block(task.config, task.kind, params, x, wanted, mask=mask, known=inputs))
+        for path, group in zip(wanted, groups, strict=True):
+            rows = captured[path].reshape(-1, captured[path].shape[-1])
+            # Each token of the batch, padding included, comes by once; a layer that sees others says so here.
+            tokens[path] += real if rows.shape[0] == x.shape[0] * x.shape[1] else rows.shape[0]
+            if mask is not None:
+                rows = jnp.where(mask.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
+            with task.clock("hessian") as ready:
+                stats[path] = ready(update(stats[path], LayerBatch(rows)))
+                if method.hessian is None:
+                    hessians[path] = ready(_accumulate(hessians[path], rows))
+            kept += captured[path].nbytes
+            if kept <= _KEPT_BYTES:
+                inputs.update(dict.fromkeys(group, captured[path]))
+    found = []
+    for path, group in zip(wanted, groups, strict=True):
+        hessian = hessians[path] if method.hessian is None else method.hessian(stats[path])
+        _check(", ".join(task.prefix + member for member in group), hessian, tokens[path], expected)
+        found.append((stats[path], hessian, expected))
+    return found
+
+
+def _nbytes(known: list[Inputs]) -> int:
+    arrays = {id(array): array.nbytes for inputs in known for array in inputs.values()}
+    return sum(arrays.values())
+
+
+def _check(names: str, hessian: Array, tokens: int, expected: int) -> None:
+    """Stop the run, naming the layers, where the Hessian cannot be what calibration should have made it."""
+    if tokens != expected:
+        raise ValueError(f"{names} saw {tokens} tokens, but the calibration has {expected}.")
+    if not bool(jnp.all(jnp.isfinite(hessian))):
+        raise ValueError(
+            f"the inputs of {names} hold NaN or infinity: check the model's weights, or load it in float32."
+        )
+    if not bool(jnp.any(hessian)):
+        raise ValueError(f"the inputs of {names} are all zero: the calibration says nothing about this layer.")
+
+
+def _solve(
+    task: BlockTask, params: Params, group: tuple[str, ...], stats: Any, hessian: Array, tokens: int
+) -> Iterator[tuple[str, QuantizedTensor, LayerReport]]:
+    """The packed kernels of layers with one input, solved as one wherever their grids are the same."""
+    same_spec: dict[QuantSpec, list[str]] = defaultdict(list)
+    for path in group:
+        spec = task.specs[path]
+        assert spec is not None  # only targeted layers come here
+        same_spec[spec].append(path)
+    for spec, paths in same_spec.items():
+        kernels = [_kernel(params, path) for path in paths]
+        weight = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=1)
+        start = time.perf_counter()
+        with task.clock("solve") as ready:
+            solution = ready(_jit(task.method.solve, static=2)(weight, stats, spec))
+        seconds = time.perf_counter() - start
+        tensor, notes = solution if isinstance(solution, Solution) else (solution, {})
+        if tensor.shape != weight.shape or tensor.spec != spec:
+            raise ValueError(
+                f"method {task.method.name!r} returned a tensor of shape {tensor.shape} and {tensor.spec} "
+                f"for {', '.join(paths)}, but solve must keep {weight.shape} and {spec}."
+            )
+        with task.clock("measure") as ready:
+            losses, rounded, energy = ready(_losses(weight, tensor, hessian, spec))
+        fell_back = bool(notes.get("fell_back", False))
+        sizes = [kernel.shape[1] for kernel in kernels]
+        at = 0
+        for path, size, part in zip(paths, sizes, split_outputs(tensor, sizes), strict=True):
+            here = slice(at, at + size)
+            at += size
+            loss = float(losses[here].sum())
+            yield (
+                path,
+                part,
+                LayerReport(
+                    path=task.prefix + path,
+                    method="rtn" if fell_back else task.method.name,
+                    spec=spec,
+                    d_in=weight.shape[0],
+                    d_out=size,
+                    loss=loss / tokens,
+                    rtn_loss=float(rounded[here].sum()) / tokens,
+                    relative_error=(loss / max(float(energy[here].sum()), 1e-30)) ** 0.5,
+                    damping=float(notes["damping"]) if "damping" in notes else None,
+                    fell_back=fell_back,
+                    tokens=tokens,
+                    seconds=seconds / len(paths),
+                    nbytes=part.nbytes,
+                ),
+            )
+
+
+@partial(jax.jit, static_argnames="spec")
+def _losses(
+    weight: Float[Array, "d_in d_out"],
+    tensor: QuantizedTensor,
+    hessian: Float[Array, "d_in d_in"],
+    spec: QuantSpec,
+) -> tuple[Float[Array, "d_out"], Float[Array, "d_out"], Float[Array, "d_out"]]:
+    """By output: the squared error of the tensor, of rounding to nearest, and the squared output itself."""
+    rounded = round_to_nearest(weight, spec)
+    return (
+        output_energy(weight - tensor.dequantize(), hessian),
+        output_energy(weight - rounded.dequantize(), hessian),
+        output_energy(weight, hessian),
+    )
+
+
+_accumulate = jax.jit(accumulate, donate_argnums=0)
+
+
+@lru_cache(maxsize=64)
+def _jit(function: Callable[..., Any], static: int | None = None, donate: int | None = None) -> Callable[..., Any]:
+    """The jitted function, the same one for every block."""
+    return jax.jit(
+        function,
+        static_argnums=() if static is None else static,
+        donate_argnums=() if donate is None else donate,
+    )
+
+
+def _kernel(params: Params, path: str) -> Any:
+    """The kernel of the layer at a dotted path."""
+    for name in path.split("."):
+        params = params[name]
+    return params["kernel"]
+
+
+def _replace(params: Params, path: str, kernel: Any) -> Params:
+    """`params` with another kernel in the layer at a dotted path."""
+    name, _, rest = path.partition(".")
+    changed = _replace(params[name], rest, kernel) if rest else {**params[name], "kernel": kernel}
+    return {**params, name: changed}

@@ -1,0 +1,318 @@
+"""The command line: thin commands over the Python functions of the same names."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not used
+
+app = typer.Typer(
+    name="gptq-jax",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize Flax language models with GPTQ, check them, store them and run them.",
+)
+
+# What users' input can raise; anything else is a defect and shows its traceback.
+_EXPECTED = (ValueError, OSError, NotImplementedError, ImportError)
+
+MODEL_HELP = "A directory with config.json and *.safetensors, a .gguf file, a Hub id, or a directory this tool wrote."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
+
+
+class Dtype(StrEnum):
+    """Of what stays float."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Order(StrEnum):
+    """In which inputs are rounded."""
+
+    natural = "natural"
+    activation = "activation"
+    group = "group"
+
+
+class GridName(StrEnum):
+    """How scales are fitted."""
+
+    minmax = "minmax"
+    mse = "mse"
+    ldl = "ldl"
+
+
+class MethodName(StrEnum):
+    """Quantization methods."""
+
+    gptq = "gptq"
+    rtn = "rtn"
+
+
+DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose expected errors are one sentence on stderr and exit code 2."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except _EXPECTED as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"error: {text}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.echo("interrupted: nothing was written.", err=True)
+            raise typer.Exit(130) from None
+
+    return app.command(name=function.__name__.rstrip("_"))(run)
+
+
+@command
+def quantize(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
+    method: Annotated[MethodName, typer.Option(help="gptq, or rtn: round to nearest.")] = MethodName.gptq,
+    order: Annotated[Order, typer.Option(help="Which inputs are rounded first.")] = Order.activation,
+    static_groups: Annotated[
+        bool, typer.Option(help="Fit grids before solving, so that any order leaves rows in place.")
+    ] = True,
+    grid: Annotated[
+        GridName | None,
+        typer.Option(help="minmax; mse: clip; ldl: clip by the error compensation leaves. [ldl; rtn: minmax]"),
+    ] = None,
+    damp: Annotated[float, typer.Option(help="Fraction of the Hessian's mean diagonal added to it.")] = 0.01,
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, ptb, or a .txt, .jsonl, .json or .parquet file.")
+    ] = "wikitext2",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the model's context]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the windows' places.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave layers float; can be repeated.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX=bits:3,group_size:64", help="Another grid for some layers; can be repeated."),
+    ] = None,
+    true_sequential: Annotated[
+        bool, typer.Option(help="Layers see their quantized predecessors inside the block too.")
+    ] = True,
+    dtype: DtypeOption = Dtype.float32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize MODEL and write it to a directory."""
+    from dataclasses import replace
+
+    from gptq_jax.calibration import calibration_batches
+    from gptq_jax.methods import gptq, rtn
+    from gptq_jax.pipeline import layer_specs
+    from gptq_jax.pipeline import quantize as quantize_model
+    from gptq_jax.spec import QuantSpec, SpecRules, parse_override
+    from gptq_jax.storage.load import load
+    from gptq_jax.storage.store import check_target, planned_bytes, save
+    from gptq_jax.terminal import console, layer_progress, summarize
+
+    rules = SpecRules(
+        default=QuantSpec(bits=bits, group_size=group_size, symmetric=not asymmetric, scale_dtype="float16"),
+        skip=tuple(skip or ()),
+        overrides=tuple(parse_override(text) for text in override or ()),
+    )
+    if method is MethodName.rtn:
+        chosen = rtn(grid=str(grid or GridName.minmax))
+    else:
+        chosen = gptq(order=str(order), static_groups=static_groups, grid=str(grid or GridName.ldl), damping=damp)
+    check_target(out, overwrite=overwrite)
+    with console.status(f"loading {model}"):
+        loaded = load(model, dtype=str(dtype))
+    specs = layer_specs(loaded, rules)
+    check_target(out, overwrite=overwrite, nbytes=planned_bytes(loaded, specs))
+    length = length or min(2048, loaded.config.context_length)
+    with console.status(f"reading {calibration}"):
+        batches = calibration_batches(
+            calibration, loaded.tokenizer, samples=samples, length=length, seed=seed, batch_size=batch_size
+        )
+    with layer_progress() as on_layer:
+        quantized, report = quantize_model(
+            loaded, batches, rules, chosen, true_sequential=true_sequential, on_layer=on_layer
+        )
+    settings = {
+        **report.settings,
+        "model": model,
+        "order": str(order),
+        "static_groups": static_groups,
+        "grid": str(grid or (GridName.ldl if method is MethodName.gptq else GridName.minmax)),
+        "damping": damp,
+        "calibration": calibration,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+    }
+    report = replace(report, settings=settings)
+    with console.status(f"writing {out}"):
+        save(replace(quantized, report=report.to_json()), out, overwrite=overwrite)
+    summarize(report)
+    console.print(f"wrote {out}")
+    if as_json:
+        print(json.dumps(report.to_json()))
+
+
+@command
+def eval_(
+    model: ModelArgument,
+    text: Annotated[str | None, typer.Option(help="A .txt, .jsonl, .json or .parquet file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="wikitext2, c4 or ptb.")] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the context]")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
+    dtype: DtypeOption = Dtype.float32,
+    as_json: JsonOption = False,
+) -> None:
+    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
+    from gptq_jax.calibration import read_text, token_stream
+    from gptq_jax.evaluate import compare, perplexity
+    from gptq_jax.storage.load import load
+    from gptq_jax.terminal import console
+
+    source = text or dataset
+    if (text is None) == (dataset is None) or source is None:
+        raise ValueError("give either --text FILE or --dataset NAME.")
+    content = read_text(source, split=split)
+    with console.status(f"loading {model}"):
+        loaded = load(model, dtype=str(dtype))
+        other = load(against, dtype=str(dtype)) if against else None
+    length = length or min(2048, loaded.config.context_length)
+    stream = token_stream(content, loaded.tokenizer)
+    windows = len(stream) // length
+    result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
+    if other is None:
+        result["perplexity"] = perplexity(loaded, stream, length=length, batch_size=batch_size, progress=True)
+    else:
+        compared = compare(loaded, other, stream, length=length, batch_size=batch_size, progress=True)
+        result |= {
+            "perplexity": compared.perplexity,
+            "against": against,
+            "against_perplexity": compared.other_perplexity,
+            "kl_divergence": compared.kl,
+            "top1_agreement": compared.top1_agreement,
+        }
+    _show(result, as_json)
+
+
+@command
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Option(help="What to go on from.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of total probability P.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    dtype: DtypeOption = Dtype.float32,
+) -> None:
+    """Generate text, shown as it comes."""
+    from gptq_jax.generate import stream
+    from gptq_jax.storage.load import load
+    from gptq_jax.terminal import console
+
+    with console.status(f"loading {model}"):
+        loaded = load(model, dtype=str(dtype))
+    pieces = stream(
+        loaded,
+        prompt,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@command
+def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Layers, grids, bytes, losses, and which matmul implementation would run each here."""
+    from gptq_jax.inspection import inspect_model, inspection_table
+
+    result = inspect_model(model)
+    if as_json:
+        print(json.dumps(result, indent=1))
+    else:
+        from rich.console import Console
+
+        for part in inspection_table(result):
+            Console().print(part)
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="The directory to write.")] = Path("smollm2-135m-w4"),
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens.")] = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize a real language model (SmolLM2-135M, from a Python package) to 4 bits, check it, and let it write."""
+    from gptq_jax.demo import run_demo
+
+    result = run_demo(out, samples=samples, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(result, indent=1))
+
+
+def _show(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for name, value in result.items():
+            print(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name:20} {value}")
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        from gptq_jax import __version__
+
+        print(f"gptq-jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `gptq-jax` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

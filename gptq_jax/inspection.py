@@ -1,0 +1,117 @@
+"""What is in a model, without reading its weights."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+
+from gptq_jax.matmul import explain
+from gptq_jax.models.registry import architecture_from_config
+from gptq_jax.report import spec_label
+from gptq_jax.spec import QuantSpec
+from gptq_jax.storage.load import open_source
+from gptq_jax.storage.store import is_store, read_shapes, tree_bytes
+from gptq_jax.tensor import QuantizedTensor
+
+
+def inspect_model(model: str) -> dict[str, Any]:
+    """Layers with shape, grid, bytes, bits per weight, reported loss, and the implementations that run each.
+
+    Args:
+        model: anything `load` takes.
+
+    Returns:
+        Plain data; `layers` are the matrices of every block.
+
+    Raises:
+        OSError, ValueError: as `load`.
+    """
+    path = Path(model)
+    if is_store(path):
+        config, params, report = read_shapes(path)
+        kind = "gptq-jax store"
+    else:
+        source = open_source(model)
+        config, report = architecture_from_config(source.config), None
+        params = config.abstract_params()
+        kind = type(source).__name__
+    measured = {layer["path"]: layer for layer in (report or {}).get("layers", [])}
+    layers = []
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params["layers"], is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
+    )
+    for key, leaf in leaves:
+        name = "layers." + jax.tree_util.keystr(key, simple=True, separator=".")
+        if name.endswith(".kernel"):
+            layers.append(_layer(name.removesuffix(".kernel"), leaf, measured))
+    quantized = [layer for layer in layers if layer["spec"] is not None]
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in quantized)
+    return {
+        "model": model,
+        "kind": kind,
+        "layers": layers,
+        "bytes": tree_bytes(params),
+        "quantized_layers": len(quantized),
+        "bits_per_weight": 8 * sum(layer["bytes"] for layer in quantized) / weights if weights else None,
+        "kept_float": (report or {}).get("kept_float", {}),
+        "settings": (report or {}).get("settings", {}),
+    }
+
+
+def _layer(name: str, leaf: Any, measured: dict[str, Any]) -> dict[str, Any]:
+    packed = isinstance(leaf, QuantizedTensor)
+    found = measured.get(name, {})
+    nbytes = leaf.nbytes if packed else leaf.size * leaf.dtype.itemsize
+    return {
+        "path": name,
+        "shape": list(leaf.shape),
+        "spec": _fields(leaf.spec) if packed else None,
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / leaf.size if not packed else leaf.bits_per_weight,
+        "method": found.get("method"),
+        "loss": found.get("loss"),
+        "rtn_loss": found.get("rtn_loss"),
+        "relative_error": found.get("relative_error"),
+        "damping": found.get("damping"),
+        "fell_back": found.get("fell_back", False),
+        "implementations": explain(leaf, tokens=1, x_dtype=jnp.float32) if packed else {"xla": "runs"},
+    }
+
+
+def _fields(spec: QuantSpec) -> dict[str, Any]:
+    return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
+
+
+def inspection_table(result: dict[str, Any]) -> list[RenderableType]:
+    """What `inspect_model` found, for a terminal of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("layer", "shape", "grid", "bits", "loss", "rel. error", "runs"):
+        table.add_column(name, justify="left" if name in ("layer", "grid", "runs") else "right", no_wrap=True)
+    declined: dict[str, str] = {}
+    for layer in result["layers"]:
+        answers = layer["implementations"]
+        runs = next((name for name, answer in answers.items() if answer == "runs"), "nothing")
+        declined |= {name: answer for name, answer in answers.items() if answer != "runs"}
+        label = spec_label(QuantSpec(**layer["spec"])) if layer["spec"] else "float"
+        table.add_row(
+            layer["path"],
+            "x".join(map(str, layer["shape"])),
+            label + (" (rounded)" if layer["fell_back"] else ""),
+            f"{layer['bits_per_weight']:.2f}",
+            *("" if layer[key] is None else f"{layer[key]:.3g}" for key in ("loss", "relative_error")),
+            runs,
+        )
+    lines: list[RenderableType] = [f"{result['model']}: {result['kind']}", table]
+    lines += [f"left float ({reason}): {path}" for path, reason in result["kept_float"].items()]
+    lines += [f"{name} declines: {reason}" for name, reason in declined.items()]
+    if result["bits_per_weight"] is not None:
+        lines.append(
+            f"{result['quantized_layers']} of {len(result['layers'])} layers quantized, "
+            f"{result['bits_per_weight']:.3f} bits per weight"
+        )
+    lines.append(f"{result['bytes'] / 1e6:.1f} MB in all")
+    return lines

@@ -1,0 +1,129 @@
+"""What a quantization did: every layer, its losses, what was left float and why, where the time went."""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from gptq_jax.spec import QuantSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """One quantized weight.
+
+    Attributes:
+        path: of the layer, like "layers.3.mlp.down_proj".
+        method: that made its codes; "rtn" where another method fell back to rounding.
+        spec: the grid.
+        d_in, d_out: of the kernel.
+        loss: squared output error summed over outputs, a mean over calibration tokens: tr(D^T H D) / tokens.
+        rtn_loss: the same for rounding to nearest on the same Hessian.
+        relative_error: root of loss over the mean squared output, |X(W-Q)| / |XW|.
+        damping: fraction of the mean diagonal at which the Hessian could be factored; None: no factor needed.
+        fell_back: the solver failed and the weight was rounded to nearest.
+        tokens: that its Hessian is made of.
+        seconds: solving, shared evenly among layers solved as one.
+        nbytes: of the packed weight.
+    """
+
+    path: str
+    method: str
+    spec: QuantSpec
+    d_in: int
+    d_out: int
+    loss: float
+    rtn_loss: float
+    relative_error: float
+    damping: float | None
+    fell_back: bool
+    tokens: int
+    seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A whole quantization.
+
+    Attributes:
+        layers: in the order they were solved.
+        kept_float: path -> why.
+        seconds: stage -> wall time: "forward" (block by block), "hessian", "solve", "measure".
+        settings: as they were asked for.
+        peak_bytes: of the process's memory, at its end.
+    """
+
+    layers: tuple[LayerReport, ...]
+    kept_float: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """Layers that their method could not solve and that were rounded to nearest."""
+        return tuple(layer.path for layer in self.layers if layer.fell_back)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized layers, scales and zeros included."""
+        return 8 * sum(layer.nbytes for layer in self.layers) / sum(layer.d_in * layer.d_out for layer in self.layers)
+
+    @property
+    def loss(self) -> float:
+        """Sum of all layers' losses."""
+        return sum(layer.loss for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Report":
+        """The inverse of `to_json`."""
+        layers = tuple(LayerReport(**{**layer, "spec": QuantSpec(**layer["spec"])}) for layer in data["layers"])
+        return cls(**{**data, "layers": layers})
+
+    def write(self, path: str) -> None:
+        """Write as JSON."""
+        with open(path, "w") as file:
+            json.dump(self.to_json(), file, indent=1)
+
+    def table(self) -> Table:
+        """A row a layer, for a terminal of 80 columns."""
+        table = Table(title="quantized layers", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        grids = {layer.spec for layer in self.layers}
+        headings = ["layer", "loss", "rounding's", "ratio", "rel. error", "damping", "s"]
+        for name in headings if len(grids) == 1 else [*headings, "grid"]:
+            table.add_column(name, justify="left" if name in ("layer", "grid") else "right", no_wrap=True)
+        for layer in self.layers:
+            ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else float("nan")
+            row = [
+                layer.path + (" [bold red](rounded)" if layer.fell_back else ""),
+                f"{layer.loss:.2e}",
+                f"{layer.rtn_loss:.2e}",
+                f"{ratio:.2f}",
+                f"{layer.relative_error:.4f}",
+                "" if layer.damping is None else f"{layer.damping:.3g}",
+                f"{layer.seconds:.2f}",
+            ]
+            table.add_row(*(row if len(grids) == 1 else [*row, spec_label(layer.spec)]))
+        return table
+
+
+def spec_label(spec: QuantSpec) -> str:
+    """Short: "W4 g128 sym"."""
+    group = "column" if spec.group_size == -1 else f"g{spec.group_size}"
+    return f"W{spec.bits} {group} {'sym' if spec.symmetric else 'asym'}"
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,336 @@
+"""The library's own directory: packed arrays in Orbax, everything else as JSON, all of it checked on load.
+
+DIR/gptq_jax.json   version, grids of the packed kernels, size and SHA-256 of every other file
+DIR/config.json     the model's Hugging Face config
+DIR/report.json     the quantization report
+DIR/arrays/         the parameter tree, an Orbax checkpoint; a packed kernel is a dict of its arrays
+DIR/tokenizer...    as transformers writes them
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptq_jax.models.base import Architecture, Model
+from gptq_jax.models.registry import architecture_from_config
+from gptq_jax.spec import QuantSpec
+from gptq_jax.storage.base import CheckpointError
+from gptq_jax.tensor import QuantizedTensor
+from pallas_kernels.packing import packed_words
+
+MANIFEST = "gptq_jax.json"
+VERSION = 1
+_ARRAYS = "arrays"
+_MARGIN = 64 * 2**20  # free bytes wanted beyond the arrays themselves
+
+
+def is_store(path: Path) -> bool:
+    """Whether a directory was written by `save`."""
+    return (path / MANIFEST).is_file()
+
+
+def check_target(path: str | os.PathLike[str], *, overwrite: bool, nbytes: int = 0) -> None:
+    """Raise, before any work, if a store of `nbytes` cannot be written to `path`.
+
+    Raises:
+        FileExistsError: something is there and `overwrite` is false, or it is no directory of this library's.
+        FileNotFoundError: the parent directory does not exist.
+        OSError: too little free space.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        if not overwrite:
+            raise FileExistsError(f"{path} exists: pass --overwrite (overwrite=True) to replace it.")
+        if not (path.is_dir() and (is_store(path) or not any(path.iterdir()))):
+            raise FileExistsError(f"{path} was not written by gptq-jax, and is not replaced: choose another place.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist: create it, or choose another place.")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} is not writable: choose another place.")
+    free = shutil.disk_usage(path.parent).free
+    if free < nbytes + _MARGIN:
+        raise OSError(
+            f"{path.parent} has {free / 2**20:.0f} MiB free, but {(nbytes + _MARGIN) / 2**20:.0f} are needed."
+        )
+
+
+def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write a model, float or quantized, to a directory.
+
+    The directory appears under its name only when all of it is on disk.
+
+    Args:
+        model: as `load` or `quantize` gave it.
+        path: of the directory; its parent must exist.
+        overwrite: replace a directory this function wrote before.
+
+    Raises:
+        OSError: see `check_target`.
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path).absolute()
+    check_target(path, overwrite=overwrite, nbytes=tree_bytes(model.params))
+    arrays = _unpacked(model.params)
+    with _replacing(path) as partial:
+        _write_json(partial / "config.json", model.source)
+        if model.report is not None:
+            _write_json(partial / "report.json", model.report)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(partial)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(partial / _ARRAYS, arrays)
+        written = sorted(file for file in partial.rglob("*") if file.is_file())
+        manifest = {
+            "format": "gptq-jax",
+            "version": VERSION,
+            "quantized": {path: asdict(tensor.spec) for path, tensor in packed_layers(model.params).items()},
+            "dtypes": {_name(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)},
+            "files": {
+                str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
+                for file in written
+            },
+        }
+        _write_json(partial / MANIFEST, manifest)
+        for file in [*written, partial / MANIFEST]:
+            _sync(file)
+
+
+def load_store(path: str | os.PathLike[str]) -> Model:
+    """Read what `save` wrote; packed arrays stay packed.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another version, by name.
+    """
+    import orbax.checkpoint as ocp
+
+    path = Path(path).absolute()
+    manifest = read_manifest(path)
+    _verify(path, manifest["files"])
+    source = _read_json(path / "config.json")
+    config = architecture_from_config(source)
+    target = _target(path, manifest, config)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(
+                path / _ARRAYS,
+                args=ocp.args.PyTreeRestore(
+                    item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+                ),
+            )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CheckpointError(path / _ARRAYS, f"cannot be restored: {str(error).splitlines()[0]}") from error
+    report = path / "report.json"
+    return Model(
+        config=config,
+        params=_repacked(arrays, manifest["quantized"], config),
+        tokenizer=_tokenizer(path),
+        source=source,
+        report=_read_json(report) if report.is_file() else None,
+    )
+
+
+def read_shapes(path: Path) -> tuple[Architecture, Any, dict[str, Any] | None]:
+    """The architecture, the parameters as shapes (packed ones as QuantizedTensors of shapes), and the report."""
+    manifest = read_manifest(path)
+    config = architecture_from_config(_read_json(path / "config.json"))
+    params = _repacked(_target(path, manifest, config), manifest["quantized"], config)
+    report = path / "report.json"
+    return config, params, _read_json(report) if report.is_file() else None
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The content of gptq_jax.json, its version checked."""
+    manifest = _read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != "gptq-jax":
+        raise CheckpointError(path / MANIFEST, "is not a manifest of gptq-jax.")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            path / MANIFEST,
+            f"is of version {manifest.get('version')}, but this gptq-jax reads version {VERSION}.",
+        )
+    for entry in ("quantized", "dtypes", "files"):
+        if not isinstance(manifest.get(entry), dict):
+            raise CheckpointError(path / MANIFEST, f"has no table {entry!r}.")
+    return manifest
+
+
+def packed_layers(params: Any) -> dict[str, QuantizedTensor]:
+    """The packed kernels by the path of their layer, like "layers.3.mlp.down_proj"."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
+    return {_name(path[:-1]): leaf for path, leaf in leaves if _is_packed(leaf)}
+
+
+def planned_bytes(model: Model, specs: dict[str, QuantSpec | None]) -> int:
+    """Bytes of `model` once its layers are on these grids; a bound where groups may be reordered."""
+    total = tree_bytes(model.params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        spec = specs.get(_name(path).removesuffix(".kernel"))
+        if spec is not None:
+            d_in, d_out = leaf.shape
+            grids = 5 * spec.groups(d_in) * d_out
+            total += 4 * (packed_words(d_in, spec.bits) * d_out + d_in) + grids - leaf.size * leaf.dtype.itemsize
+    return total
+
+
+def tree_bytes(params: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedTensor)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _unpacked(params: Any) -> Any:
+    """Each QuantizedTensor as a dict of its arrays, which any user of Orbax can read."""
+    return jax.tree.map(
+        lambda leaf: (
+            {name: array for name in _FIELDS if (array := getattr(leaf, name)) is not None}
+            if _is_packed(leaf)
+            else leaf
+        ),
+        params,
+        is_leaf=_is_packed,
+    )
+
+
+_FIELDS = ("codes", "scales", "zeros", "group_of_row")
+
+
+def _target(path: Path, manifest: dict[str, Any], config: Architecture) -> Any:
+    """The tree to restore, as shapes: the architecture's, with the arrays of packed kernels in their place."""
+    dtypes, quantized = manifest["dtypes"], _grids(path, manifest)
+
+    def expected(where: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        name = _name(where)
+        layer = name.removesuffix(".kernel")
+        shapes: Any = {"": leaf.shape}
+        if layer in quantized:
+            spec, (d_in, d_out) = quantized[layer], leaf.shape
+            grid = (spec.groups(d_in), d_out)
+            shapes = {".codes": (packed_words(d_in, spec.bits), d_out), ".scales": grid}
+            if not spec.symmetric:
+                shapes[".zeros"] = grid
+            if f"{name}.group_of_row" in dtypes:
+                shapes[".group_of_row"] = (d_in,)
+        arrays = {}
+        for field, shape in shapes.items():
+            if dtypes.get(name + field) not in _DTYPES:
+                raise CheckpointError(path / MANIFEST, f"gives {name + field} the dtype {dtypes.get(name + field)!r}.")
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            arrays[field.removeprefix(".")] = jax.ShapeDtypeStruct(
+                shape, jnp.dtype(dtypes[name + field]), sharding=sharding
+            )
+        return arrays if layer in quantized else arrays[""]
+
+    return jax.tree_util.tree_map_with_path(expected, config.abstract_params())
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "uint32", "uint8", "int32")
+
+
+def _grids(path: Path, manifest: dict[str, Any]) -> dict[str, QuantSpec]:
+    try:
+        return {layer: QuantSpec(**spec) for layer, spec in manifest["quantized"].items()}
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(path / MANIFEST, f"holds a grid that cannot be: {error}") from error
+
+
+def _repacked(arrays: Any, quantized: dict[str, Any], config: Architecture) -> Any:
+    """The inverse of `_unpacked`."""
+
+    def build(where: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, stored: Any) -> Any:
+        layer = _name(where).removesuffix(".kernel")
+        if layer not in quantized:
+            return stored
+        return QuantizedTensor(
+            **{name: stored.get(name) for name in _FIELDS},
+            spec=QuantSpec(**quantized[layer]),
+            d_in=leaf.shape[0],
+        )
+
+    return jax.tree_util.tree_map_with_path(build, config.abstract_params(), arrays)
+
+
+def _verify(path: Path, files: dict[str, Any]) -> None:
+    """Sizes first, which costs nothing, then content."""
+    for name, entry in files.items():
+        file = path / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(path / MANIFEST, f"lists {name!r}, which lies outside the directory.")
+        if not file.is_file():
+            raise CheckpointError(file, "is missing.")
+        if file.stat().st_size != entry["bytes"]:
+            raise CheckpointError(file, f"has {file.stat().st_size} bytes, but {entry['bytes']} were written.")
+    for name, entry in files.items():
+        if _digest(path / name) != entry["sha256"]:
+            raise CheckpointError(path / name, "is damaged: its SHA-256 is not the one that was written.")
+
+
+def _tokenizer(path: Path) -> Any:
+    if not (path / "tokenizer.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new directory that takes the place of `path` at the end, and leaves nothing behind if that is not reached."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    os.chmod(partial, 0o755)  # mkdtemp's is private
+    try:
+        yield partial
+        if path.exists():
+            replaced = partial.with_suffix(".replaced")
+            os.rename(path, replaced)
+            os.rename(partial, path)
+            shutil.rmtree(replaced)
+        else:
+            os.rename(partial, path)
+        _sync(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(path, "is missing.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(path, f"is not JSON: {error}") from None
