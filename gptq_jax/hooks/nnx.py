@@ -4,6 +4,7 @@ Both replace submodules of a copy that lives only while a function is traced, so
 `nnx.Linear` works unchanged and nothing is patched for anybody else.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from gptq_jax.matmul import matmul
 from gptq_jax.tensor import QuantizedTensor
+from pallas_kernels.api import PreparedWeight
 
 Params = dict[str, Any]  # nested dicts: names of submodules, then of arrays or QuantizedTensors
 
@@ -19,7 +21,7 @@ Params = dict[str, Any]  # nested dicts: names of submodules, then of arrays or 
 class QuantizedLinear(nnx.Module):
     """`nnx.Linear` on a packed kernel."""
 
-    def __init__(self, kernel: QuantizedTensor, bias: Float[Array, "d_out"] | None):
+    def __init__(self, kernel: QuantizedTensor | PreparedWeight, bias: Float[Array, "d_out"] | None):
         self.kernel = nnx.data(kernel)
         self.bias = nnx.data(bias)
 
@@ -32,23 +34,30 @@ class QuantizedLinear(nnx.Module):
 
 
 class _Tap:
-    """Stands for a layer and keeps the input it is called with."""
+    """Stands for a layer: keeps the input it is called with, or calls it with one that is known already."""
 
-    def __init__(self, layer: nnx.Module, path: str, tape: dict[str, Array]):
-        self.layer, self.path, self.tape = layer, path, tape
+    def __init__(self, layer: nnx.Module, path: str, tape: dict[str, Array], known: Array | None):
+        self.layer, self.path, self.tape, self.known = layer, path, tape, known
 
     def __call__(self, x: Array) -> Array:
         if self.path in self.tape:
             raise NotImplementedError(
-                f"layer {self.path!r} is called twice in one forward pass: only one of its inputs would be seen."
+                f"layer {self.path!r} is called twice in a forward pass: one of its inputs would be lost."
             )
-        self.tape[self.path] = x
-        return self.layer(x)  # type: ignore[operator]
+        self.tape[self.path] = x if self.known is None else self.known
+        return self.layer(self.tape[self.path])  # type: ignore[operator]
 
 
 def parameters(module: nnx.Module) -> Params:
-    """The parameters of `module` by name; shapes where the module is abstract."""
-    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    """The parameters of `module` by name; shapes where the module is abstract.
+
+    The elements of an `nnx.List` are named "0", "1", ...
+    """
+
+    def named(tree: Any) -> Any:
+        return {str(name): named(child) for name, child in tree.items()} if isinstance(tree, dict) else tree
+
+    return named(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
 
 
 def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
@@ -56,8 +65,8 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
 
     Args:
         abstract: a module of shapes, from `nnx.eval_shape`.
-        params: its arrays by name; where a Linear's kernel is a QuantizedTensor, a QuantizedLinear takes its
-            place.
+        params: its arrays by name; where a Linear's kernel is a QuantizedTensor or a PreparedWeight, a
+            QuantizedLinear takes its place.
     """
     module = nnx.merge(*nnx.split(abstract))
     _fill(module, params)
@@ -66,12 +75,11 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
 
 def _fill(module: Any, params: Params) -> None:
     for name, value in params.items():
-        name = str(name)  # the elements of an nnx.List are its attributes "0", "1", ...
         if not hasattr(module, name):
             raise ValueError(f"parameter {name!r} has no place in {type(module).__name__}.")
         if not isinstance(value, dict):
             setattr(module, name, nnx.Param(value))
-        elif isinstance(value.get("kernel"), QuantizedTensor):
+        elif isinstance(value.get("kernel"), QuantizedTensor | PreparedWeight):
             setattr(module, name, QuantizedLinear(value["kernel"], value.get("bias")))
         else:
             _fill(getattr(module, name), value)
@@ -86,17 +94,25 @@ def linear_layers(module: nnx.Module) -> dict[str, nnx.Module]:
     }
 
 
-def record_inputs(module: nnx.Module) -> dict[str, Array]:
+def record_inputs(module: nnx.Module, known: Mapping[str, Array] | None = None) -> dict[str, Array]:
     """Make `module` note the input of each linear layer it calls, in the dict returned, by dotted path.
 
     For a module made inside the function being traced: return the entries wanted, and the compiler drops all
     that they do not need.
+
+    Args:
+        module: changed in place.
+        known: inputs that were recorded before. The layers take them in place of what they are called with,
+            so that the compiler also drops whatever only they needed.
     """
     tape: dict[str, Array] = {}
-    for path, layer in linear_layers(module).items():
+    layers = linear_layers(module)
+    if unknown := sorted(set(known or ()) - set(layers)):
+        raise ValueError(f"no linear layers {unknown}: the module has {sorted(layers)}.")
+    for path, layer in layers.items():
         *parents, name = path.split(".")
         parent: Any = module
         for key in parents:
             parent = getattr(parent, key)
-        object.__setattr__(parent, name, _Tap(layer, path, tape))
+        object.__setattr__(parent, name, _Tap(layer, path, tape, (known or {}).get(path)))
     return tape

@@ -1,0 +1,239 @@
+"""Perplexity, and how far a model's next-token distribution is from another's."""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from gptq_jax.models.base import (
+    Architecture,
+    Model,
+    Params,
+    apply_head,
+    check_tokens,
+    head_params,
+    hidden_states,
+)
+
+_LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How `compare`'s model and the other one differ on a text.
+
+    Attributes:
+        perplexity: of the model.
+        other_perplexity: of the other.
+        kl: mean over predicted tokens of KL(other || model), in nats.
+        top1_agreement: fraction of predicted tokens for which both find the same token likeliest.
+    """
+
+    perplexity: float
+    other_perplexity: float
+    kl: float
+    top1_agreement: float
+
+
+def perplexity(
+    model: Model,
+    text_or_tokens: str | Any,
+    *,
+    length: int = 2048,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> float:
+    """Perplexity by the protocol of the GPTQ paper (arXiv:2210.17323).
+
+    The text is one stream of tokens, cut into windows that do not overlap; the remainder is dropped. In each
+    window all tokens but the first are predicted: exp of the mean negative log-likelihood over all of those.
+
+    Args:
+        model: float or quantized.
+        text_or_tokens: a text, which needs the model's tokenizer, or tokens [time].
+        length: tokens in a window.
+        batch_size: windows run at once; changes speed and memory only.
+        progress: show a progress bar on the terminal's error stream.
+
+    Raises:
+        ValueError: fewer tokens than a window, a window longer than the model's context, bad tokens, or
+            logits that are not finite.
+    """
+    windows = _windows(model, text_or_tokens, length, batch_size)
+    losses = [
+        np.asarray(_losses(model.config, head_params(model.config, model.params), hidden_states(model, batch), batch))[
+            :real
+        ]
+        for batch, real in _batches(windows, batch_size, progress, "perplexity")
+    ]
+    return math.exp(_mean(np.concatenate(losses), "the model's logits"))
+
+
+def compare(
+    model: Model,
+    other: Model,
+    text_or_tokens: str | Any,
+    *,
+    length: int = 2048,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Comparison:
+    """Both perplexities, and the distance between the next-token distributions.
+
+    Args:
+        model: e.g. the quantized one. Its tokenizer reads the text.
+        other: e.g. the float one it came from.
+        text_or_tokens: as for `perplexity`.
+        length: tokens in a window.
+        batch_size: windows run at once.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: as for `perplexity`, or the vocabularies differ in size.
+    """
+    if model.config.vocab_size != other.config.vocab_size:
+        raise ValueError(
+            f"the models' vocabularies hold {model.config.vocab_size} and {other.config.vocab_size} tokens: "
+            "only models with the same vocabulary can be compared."
+        )
+    windows = _windows(model, text_or_tokens, length, batch_size)
+    _check_length(other, length)
+    rows = []
+    for batch, real in _batches(windows, batch_size, progress, "comparison"):
+        reads = [(m.config, head_params(m.config, m.params), hidden_states(m, batch)) for m in (model, other)]
+        (config, params, x), (other_config, other_params, other_x) = reads
+        rows.append(np.asarray(_differences(config, other_config, params, other_params, x, other_x, batch))[:, :real])
+    loss, other_loss, kl, agreement = np.concatenate(rows, axis=1)
+    return Comparison(
+        perplexity=math.exp(_mean(loss, "the model's logits")),
+        other_perplexity=math.exp(_mean(other_loss, "the other model's logits")),
+        kl=_mean(kl, "the KL divergence"),
+        top1_agreement=_mean(agreement, "the agreement"),
+    )
+
+
+def _windows(model: Model, text_or_tokens: str | Any, length: int, batch_size: int) -> Int32[np.ndarray, "n length"]:
+    if length < 2:
+        raise ValueError(f"length={length} must be at least 2: a window predicts each token but its first.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    _check_length(model, length)
+    tokens = text_or_tokens
+    if isinstance(tokens, str):
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer: pass tokens instead of a text, or give it one.")
+        tokens = model.tokenizer(tokens, verbose=False)["input_ids"]
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 1:
+        raise ValueError(f"the tokens have shape {tokens.shape}: pass one stream [time].")
+    count = tokens.size // length
+    if not count:
+        raise ValueError(f"the text has {tokens.size} tokens, less than one window: use a longer text or length.")
+    return np.asarray(check_tokens(tokens[: count * length].reshape(count, length), model.config.vocab_size))
+
+
+def _check_length(model: Model, length: int) -> None:
+    if length > model.config.context_length:
+        raise ValueError(f"length={length} is more than the model's context_length={model.config.context_length}.")
+
+
+def _batches(
+    windows: Int32[np.ndarray, "n length"], batch_size: int, progress: bool, title: str
+) -> Iterator[tuple[Int32[Array, "batch length"], int]]:
+    """Batches of one shape, the last filled up with repeats, each with the number of its real windows."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    batch_size = min(batch_size, len(windows))
+    with Progress(console=Console(stderr=True)) if progress else nullcontext() as bar:
+        task = bar.add_task(title, total=len(windows)) if bar else None
+        for start in range(0, len(windows), batch_size):
+            chosen = np.arange(start, start + batch_size)
+            real = min(batch_size, len(windows) - start)
+            yield jnp.asarray(windows[chosen % len(windows)]), real
+            if bar is not None and task is not None:
+                bar.update(task, advance=real)
+
+
+def _mean(values: np.ndarray, what: str) -> float:
+    mean = float(values.mean(dtype=np.float64))
+    if not math.isfinite(mean):
+        window = int(np.argmin(np.isfinite(values).all(axis=-1)))
+        raise ValueError(f"{what} are not finite in window {window}: the parameters hold NaN, infinity or huge values.")
+    return mean
+
+
+@partial(jax.jit, static_argnums=0)
+def _losses(
+    config: Architecture,
+    params: Params,
+    x: Float[Array, "batch time d_model"],
+    tokens: Int32[Array, "batch time"],
+) -> Float[Array, "batch predicted"]:
+    """Negative log-likelihood of each token after the first."""
+
+    def piece(inputs: tuple[Array, Array]) -> Array:
+        x, target = inputs
+        return _negative_log_likelihood(apply_head(config, params, x[None])[0], target)
+
+    return _by_pieces(piece, config.vocab_size, (x[:, :-1], tokens[:, 1:]))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _differences(
+    config: Architecture,
+    other_config: Architecture,
+    params: Params,
+    other_params: Params,
+    x: Float[Array, "batch time d_model"],
+    other_x: Float[Array, "batch time d_other"],
+    tokens: Int32[Array, "batch time"],
+) -> Float[Array, "4 batch predicted"]:
+    """Both losses, KL(other || model), and whether the likeliest tokens agree, for each predicted token."""
+
+    def piece(inputs: tuple[Array, Array, Array]) -> Array:
+        x, other_x, target = inputs
+        logits = apply_head(config, params, x[None])[0]
+        other_logits = apply_head(other_config, other_params, other_x[None])[0]
+        log_p, log_q = jax.nn.log_softmax(other_logits), jax.nn.log_softmax(logits)
+        agree = jnp.argmax(logits, -1) == jnp.argmax(other_logits, -1)
+        return jnp.stack(
+            [
+                _negative_log_likelihood(logits, target),
+                _negative_log_likelihood(other_logits, target),
+                jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1),
+                agree.astype(jnp.float32),
+            ],
+            axis=-1,
+        )
+
+    rows = _by_pieces(piece, 2 * config.vocab_size, (x[:, :-1], other_x[:, :-1], tokens[:, 1:]))
+    return jnp.moveaxis(rows, -1, 0)
+
+
+def _negative_log_likelihood(logits: Float[Array, "n vocab"], target: Int32[Array, "n"]) -> Float[Array, "n"]:
+    chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def _by_pieces(function: Any, width: int, arrays: tuple[Array, ...]) -> Array:
+    """Map `function` over pieces of [batch, time, ...] arrays, so that [batch, time, width] never exists."""
+    batch, time = arrays[0].shape[:2]
+    flat = [array.reshape(batch * time, *array.shape[2:]) for array in arrays]
+    size = max(1, min(batch * time, _LOGITS_AT_ONCE // width))
+    count = -(-batch * time // size)
+    size = -(-batch * time // count)  # even pieces: little padding
+    padding = count * size - batch * time
+    pieces = [
+        jnp.pad(array, ((0, padding), *[(0, 0)] * (array.ndim - 1))).reshape(count, size, *array.shape[1:])
+        for array in flat
+    ]
+    out = jax.lax.map(function, tuple(pieces))
+    return out.reshape(count * size, *out.shape[2:])[: batch * time].reshape(batch, time, *out.shape[2:])

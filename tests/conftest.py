@@ -1,0 +1,33 @@
+"""Strict numerics for every test, and where the data that is not committed may be found."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real model: named by GPTQ_JAX_SMOLLM2, or where `gptq-jax demo` keeps it."""
+    from gptq_jax.demo import cache_directory
+
+    path = Path(named) if (named := os.environ.get("GPTQ_JAX_SMOLLM2")) else cache_directory() / SMOLLM2
+    if not path.is_file():
+        pytest.skip(f"no {SMOLLM2}: name it by GPTQ_JAX_SMOLLM2, or run gptq-jax demo once")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Data beside the repository."""
+    path = REPOSITORY.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("no ../shared beside the repository")
+    return path
