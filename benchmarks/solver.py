@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--cases", default=";".join(CASES), help='separated by ";": ' + "; ".join(CASES))
     parser.add_argument("--bits", type=int, default=4, choices=[2, 3, 4, 8])
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--repeat", type=int, default=5, help="timings of each side and case")
+    parser.add_argument("--repeat", type=int, default=3, help="timings of each side and case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "solver", help="writes OUT.json and OUT.md")
     options = parser.parse_args()
