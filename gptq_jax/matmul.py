@@ -1,0 +1,63 @@
+"""x @ QuantizedTensor, by whichever implementation runs here."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from gptq_jax.tensor import QuantizedTensor
+from pallas_kernels import api
+from pallas_kernels.weight import PackedWeight, describe
+
+
+def matmul(
+    x: Shaped[Array, "*batch d_in"],
+    weight: QuantizedTensor | api.PreparedWeight,
+    implementation: str | None = None,
+) -> Float[Array, "*batch d_out"]:
+    """`x @ weight`, summed in float32, in the dtype of `x` (float32, bfloat16 or float16).
+
+    Args:
+        x: activations with any leading dimensions.
+        weight: one weight, as it is or prepared; map over stacked ones with `jax.vmap`.
+        implementation: a name in `pallas_kernels.api.IMPLEMENTATIONS`; None for the first that runs here.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: see `pallas_kernels.api.quantized_matmul`.
+    """
+    packed = weight if isinstance(weight, api.PreparedWeight) else packed_weight(weight)
+    return api.quantized_matmul(x, packed, implementation)
+
+
+def prepare(
+    weight: QuantizedTensor, implementation: str | None = None, x_dtype: Any = jnp.float32
+) -> api.PreparedWeight:
+    """The weight in the layout of the implementation that will run it; on a CPU the same arrays, uncopied."""
+    return api.prepare(packed_weight(weight), implementation, x_dtype)
+
+
+def explain(
+    weight: QuantizedTensor, tokens: int = 1, x_dtype: Any = jnp.float32, platform: str | None = None
+) -> dict[str, str]:
+    """For each implementation, in the order tried: "runs", or why it declines. Needs shapes and dtypes only.
+
+    Args:
+        weight: its arrays may be `jax.ShapeDtypeStruct`s.
+        tokens: rows of `x`.
+        x_dtype: the dtype of `x`.
+        platform: "cpu", "gpu" or "tpu"; None for where JAX runs.
+    """
+    return api.explain(describe(packed_weight(weight), tokens, x_dtype, platform))
+
+
+def packed_weight(tensor: QuantizedTensor) -> PackedWeight:
+    """The same arrays as `pallas_kernels` takes them."""
+    return PackedWeight(
+        codes=tensor.codes,
+        scales=tensor.scales,
+        zeros=tensor.zeros,
+        group_of_row=tensor.group_of_row,
+        bits=tensor.spec.bits,
+        group_rows=tensor.spec.group_rows(tensor.d_in),
+        d_in=tensor.d_in,
+    )

@@ -1,0 +1,112 @@
+"""A packed weight as arrays, and the static description by which an implementation accepts or declines it."""
+
+from dataclasses import dataclass, field
+from typing import Any, no_type_check
+
+import jax
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
+
+from pallas_kernels.packing import SUPPORTED_BITS, packed_words
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+@no_type_check  # JAX rebuilds pytrees with shapes and placeholders in place of arrays
+class PackedWeight:
+    """The canonical layout: `weight[i, j] = (code[i, j] - zero[g(i), j]) * scale[g(i), j]`.
+
+    Attributes:
+        codes: packed along the inputs by `packing.pack`.
+        scales: floating, one for each group and output.
+        zeros: integer or real zero points; None for `2**(bits-1)`.
+        group_of_row: the group of each input; None for `i // group_rows`.
+        bits: 2, 3, 4 or 8. Static.
+        group_rows: inputs in a full group; the last group may be shorter. Static.
+        d_in: inputs. Static.
+    """
+
+    codes: UInt32[Array, "words d_out"]
+    scales: Float[Array, "groups d_out"]
+    zeros: Shaped[Array, "groups d_out"] | None = None
+    group_of_row: Int32[Array, "d_in"] | None = None
+    bits: int = field(metadata={"static": True})
+    group_rows: int = field(metadata={"static": True})
+    d_in: int = field(metadata={"static": True})
+
+    @property
+    def d_out(self) -> int:
+        """Outputs."""
+        return self.codes.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        """Groups in a column, as `d_in` and `group_rows` have it."""
+        return -(-self.d_in // self.group_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """All that is known of a product before its arrays are: shapes, the grid, and where it runs.
+
+    Attributes:
+        tokens: rows of `x`; None where they are not known yet, as when a weight is prepared.
+        x_dtype: the dtype of `x`.
+        d_in: inputs.
+        d_out: outputs.
+        bits: 2, 3, 4 or 8.
+        group_rows: inputs in a full group.
+        zeros: None for a symmetric grid, otherwise the dtype of the zero points.
+        permuted: whether the group of each input is stored (activation order).
+        platform: "cpu", "gpu" or "tpu".
+    """
+
+    tokens: int | None
+    x_dtype: str
+    d_in: int
+    d_out: int
+    bits: int
+    group_rows: int
+    zeros: str | None
+    permuted: bool
+    platform: str
+
+
+def describe(weight: PackedWeight, tokens: int | None, x_dtype: Any, platform: str | None = None) -> Problem:
+    """The problem of `tokens` rows of `x_dtype` times `weight`, on `platform` or JAX's default one."""
+    return Problem(
+        tokens=tokens,
+        x_dtype=jax.numpy.dtype(x_dtype).name,
+        d_in=weight.d_in,
+        d_out=weight.d_out,
+        bits=weight.bits,
+        group_rows=weight.group_rows,
+        zeros=None if weight.zeros is None else weight.zeros.dtype.name,
+        permuted=weight.group_of_row is not None,
+        platform=platform or jax.default_backend(),
+    )
+
+
+def check_weight(weight: PackedWeight) -> None:
+    """Raise ValueError or TypeError, naming the first array whose shape or dtype breaks the layout."""
+    if weight.bits not in SUPPORTED_BITS:
+        raise ValueError(f"bits={weight.bits!r} is not supported: use one of {list(SUPPORTED_BITS)}.")
+    if weight.d_in < 1 or weight.group_rows < 1:
+        raise ValueError(
+            f"d_in={weight.d_in} and group_rows={weight.group_rows} must be positive: for one group in a "
+            "whole column pass group_rows=d_in."
+        )
+    if weight.codes.dtype != jax.numpy.uint32:
+        raise TypeError(f"codes are {weight.codes.dtype}, not uint32: make them with packing.pack.")
+    words, groups = packed_words(weight.d_in, weight.bits), weight.groups
+    expected: dict[str, tuple[int, ...]] = {"codes": (words, weight.d_out), "scales": (groups, weight.d_out)}
+    if weight.zeros is not None:
+        expected["zeros"] = (groups, weight.d_out)
+    if weight.group_of_row is not None:
+        expected["group_of_row"] = (weight.d_in,)
+    for name, shape in expected.items():
+        found = getattr(weight, name).shape
+        if found != shape:
+            raise ValueError(
+                f"{name} has shape {found}, but {weight.bits} bits with d_in={weight.d_in}, "
+                f"group_rows={weight.group_rows} and d_out={weight.d_out} need {shape}."
+            )
