@@ -8,6 +8,7 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 from gptq_jax.spec import QuantSpec
@@ -57,7 +58,7 @@ class QuantizedTensor:
         """Bits of all arrays for each weight."""
         return 8 * self.nbytes / int(np.prod(self.shape))
 
-    def dequantize(self, dtype: jnp.dtype | str = jnp.float32) -> Float[Array, "d_in d_out"]:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "d_in d_out"]:
         """The float weight."""
         return reference.dequantize(
             self.codes,
