@@ -19,7 +19,7 @@ from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.base import capture_block, input_groups, run_block
 from gptq_jax.report import LayerReport
 from gptq_jax.spec import QuantSpec
-from gptq_jax.tensor import QuantizedTensor, split_outputs
+from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 
 Inputs = dict[str, Array]  # of linear layers by path, [batch, time, d_in]
 
@@ -188,11 +188,7 @@ def _solve(
             solution = ready(_jit(task.method.solve, static=2)(weight, stats, spec))
         seconds = time.perf_counter() - start
         tensor, notes = solution if isinstance(solution, Solution) else (solution, {})
-        if tensor.shape != weight.shape or tensor.spec != spec:
-            raise ValueError(
-                f"method {task.method.name!r} returned a tensor of shape {tensor.shape} and {tensor.spec} "
-                f"for {', '.join(paths)}, but solve must keep {weight.shape} and {spec}."
-            )
+        _check_solution(tensor, weight.shape, spec, f"method {task.method.name!r}, for {', '.join(paths)}")
         with task.clock("measure") as ready:
             losses, rounded, energy = ready(_losses(weight, tensor, hessian, spec))
         fell_back = bool(notes.get("fell_back", False))
@@ -201,7 +197,7 @@ def _solve(
         for path, size, part in zip(paths, sizes, split_outputs(tensor, sizes), strict=True):
             here = slice(at, at + size)
             at += size
-            loss = float(losses[here].sum())
+            loss = max(float(losses[here].sum()), 0.0)  # rounding can take a tiny one below zero
             yield (
                 path,
                 part,
@@ -212,15 +208,27 @@ def _solve(
                     d_in=weight.shape[0],
                     d_out=size,
                     loss=loss / tokens,
-                    rtn_loss=float(rounded[here].sum()) / tokens,
+                    rtn_loss=max(float(rounded[here].sum()), 0.0) / tokens,
                     relative_error=(loss / max(float(energy[here].sum()), 1e-30)) ** 0.5,
-                    damping=float(notes["damping"]) if "damping" in notes else None,
+                    damping=float(f"{float(notes['damping']):.6g}") if "damping" in notes else None,
                     fell_back=fell_back,
                     tokens=tokens,
                     seconds=seconds / len(paths),
                     nbytes=part.nbytes,
                 ),
             )
+
+
+def _check_solution(tensor: Any, shape: tuple[int, ...], spec: QuantSpec, whose: str) -> None:
+    """Hold a method to its contract."""
+    if not isinstance(tensor, QuantizedTensor):
+        raise ValueError(f"{whose}: solve returned {type(tensor).__name__}, but must return a QuantizedTensor.")
+    if tensor.shape != shape or tensor.spec != spec:
+        raise ValueError(
+            f"{whose}: solve returned a tensor of shape {tensor.shape} and {tensor.spec}, "
+            f"but must keep {shape} and {spec}."
+        )
+    validate(tensor, whose)
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -1,6 +1,7 @@
 """The command line: thin commands over the Python functions of the same names."""
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -52,13 +53,6 @@ class GridName(StrEnum):
     ldl = "ldl"
 
 
-class MethodName(StrEnum):
-    """Quantization methods."""
-
-    gptq = "gptq"
-    rtn = "rtn"
-
-
 DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
 
 
@@ -69,12 +63,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
+            sys.stdout.flush()  # here, where a reader that left is seen
+        except BrokenPipeError:
+            raise  # typer ends the program quietly
         except _EXPECTED as error:
             text = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"error: {text}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("interrupted: nothing was written.", err=True)
+            typer.echo("interrupted: nothing half-written is left.", err=True)
             raise typer.Exit(130) from None
 
     return app.command(name=function.__name__.rstrip("_"))(run)
@@ -87,7 +84,9 @@ def quantize(
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
-    method: Annotated[MethodName, typer.Option(help="gptq, or rtn: round to nearest.")] = MethodName.gptq,
+    method: Annotated[
+        str, typer.Option(help="gptq; rtn: round to nearest; or module:factory, a function of yours.")
+    ] = "gptq",
     order: Annotated[Order, typer.Option(help="Which inputs are rounded first.")] = Order.activation,
     static_groups: Annotated[
         bool, typer.Option(help="Fit grids before solving, so that any order leaves rows in place.")
@@ -123,55 +122,54 @@ def quantize(
     """Quantize MODEL and write it to a directory."""
     from dataclasses import replace
 
-    from gptq_jax.calibration import calibration_batches
-    from gptq_jax.methods import gptq, rtn
+    from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
     from gptq_jax.pipeline import layer_specs
     from gptq_jax.pipeline import quantize as quantize_model
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
     from gptq_jax.storage.load import load
     from gptq_jax.storage.store import check_target, planned_bytes, save
-    from gptq_jax.terminal import console, layer_progress, summarize
+    from gptq_jax.terminal import console, escape, layer_progress, note, summarize
 
     rules = SpecRules(
         default=QuantSpec(bits=bits, group_size=group_size, symmetric=not asymmetric, scale_dtype="float16"),
         skip=tuple(skip or ()),
         overrides=tuple(parse_override(text) for text in override or ()),
     )
-    if method is MethodName.rtn:
-        chosen = rtn(grid=str(grid or GridName.minmax))
-    else:
-        chosen = gptq(order=str(order), static_groups=static_groups, grid=str(grid or GridName.ldl), damping=damp)
+    options: dict[str, Any] = {}
+    if method == "gptq":
+        options = {"order": str(order), "static_groups": static_groups, "damping": damp}
+        options["grid"] = str(grid or GridName.ldl)
+    elif method == "rtn":
+        options["grid"] = str(grid or GridName.minmax)
+    chosen = make_method(method, options)
     check_target(out, overwrite=overwrite)
-    with console.status(f"loading {model}"):
+    with console.status(f"reading {escape(calibration)}"):
+        text = read_text(calibration)
+    with console.status(f"loading {escape(model)}"):
         loaded = load(model, dtype=str(dtype))
     specs = layer_specs(loaded, rules)
     check_target(out, overwrite=overwrite, nbytes=planned_bytes(loaded, specs))
-    length = length or min(2048, loaded.config.context_length)
-    with console.status(f"reading {calibration}"):
-        batches = calibration_batches(
-            calibration, loaded.tokenizer, samples=samples, length=length, seed=seed, batch_size=batch_size
-        )
+    length = _window(length, loaded.config.context_length)
+    windows = sample_windows(token_stream(text, loaded.tokenizer), samples=samples, length=length, seed=seed)
     with layer_progress() as on_layer:
         quantized, report = quantize_model(
-            loaded, batches, rules, chosen, true_sequential=true_sequential, on_layer=on_layer
+            loaded, batches(windows, batch_size), rules, chosen, true_sequential=true_sequential, on_layer=on_layer
         )
     settings = {
         **report.settings,
+        "method": method,
         "model": model,
-        "order": str(order),
-        "static_groups": static_groups,
-        "grid": str(grid or (GridName.ldl if method is MethodName.gptq else GridName.minmax)),
-        "damping": damp,
+        **options,
         "calibration": calibration,
         "samples": samples,
         "length": length,
         "seed": seed,
     }
     report = replace(report, settings=settings)
-    with console.status(f"writing {out}"):
+    with console.status(f"writing {escape(str(out))}"):
         save(replace(quantized, report=report.to_json()), out, overwrite=overwrite)
     summarize(report)
-    console.print(f"wrote {out}")
+    note(f"wrote {out}")
     if as_json:
         print(json.dumps(report.to_json()))
 
@@ -192,16 +190,16 @@ def eval_(
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
     from gptq_jax.storage.load import load
-    from gptq_jax.terminal import console
+    from gptq_jax.terminal import console, escape
 
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
     content = read_text(source, split=split)
-    with console.status(f"loading {model}"):
+    with console.status(f"loading {escape(model)}"):
         loaded = load(model, dtype=str(dtype))
         other = load(against, dtype=str(dtype)) if against else None
-    length = length or min(2048, loaded.config.context_length)
+    length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
@@ -234,9 +232,9 @@ def generate(
     """Generate text, shown as it comes."""
     from gptq_jax.generate import stream
     from gptq_jax.storage.load import load
-    from gptq_jax.terminal import console
+    from gptq_jax.terminal import console, escape
 
-    with console.status(f"loading {model}"):
+    with console.status(f"loading {escape(model)}"):
         loaded = load(model, dtype=str(dtype))
     pieces = stream(
         loaded,
@@ -266,7 +264,10 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
         from rich.console import Console
 
         for part in inspection_table(result):
-            Console().print(part)
+            if isinstance(part, str):
+                print(part)
+            else:
+                Console().print(part)
 
 
 @command
@@ -284,12 +285,46 @@ def demo(
         print(json.dumps(result, indent=1))
 
 
+def make_method(name: str, options: dict[str, Any]) -> Any:
+    """The method called `name` in METHODS, or that `module:factory` returns, called with `options`.
+
+    Raises:
+        ValueError: there is no such method, or the factory returns none.
+        ImportError: the module cannot be imported.
+    """
+    from gptq_jax.methods import METHODS, Method
+
+    module_name, separator, factory_name = name.partition(":")
+    if not separator:
+        if name not in METHODS:
+            raise ValueError(f"--method {name!r} is none of {', '.join(METHODS)}, nor module:factory.")
+        return METHODS[name](**options)
+    if os.getcwd() not in sys.path:  # a console script's path begins with its own folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (AttributeError, ValueError):
+        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.") from None
+    method = factory(**options) if callable(factory) else factory
+    if not isinstance(method, Method):
+        raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
+    return method
+
+
+def _window(length: int | None, context: int) -> int:
+    """Tokens of a window: as asked, where the model can take so many."""
+    if length is not None and length > context:
+        raise ValueError(f"--length {length} is more than the model's context of {context} tokens.")
+    return length or min(2048, context)
+
+
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
     else:
         for name, value in result.items():
-            print(f"{name.replace('_', ' '):20} {value:.6g}" if isinstance(value, float) else f"{name:20} {value}")
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            print(f"{name.replace('_', ' '):20} {shown}")
 
 
 def _version(shown: bool) -> None:

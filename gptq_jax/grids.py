@@ -81,7 +81,9 @@ def fit(name: str, group: Float[Array, "rows d_out"], pivots: Float[Array, "rows
         return minmax(group, spec)
     if name == "mse":
         return clipped(group, jnp.ones_like(pivots), spec, norm=2.4)
-    return clipped(group, pivots, spec, norm=2.0)
+    if name == "ldl":
+        return clipped(group, pivots, spec, norm=2.0)
+    raise ValueError(f"grid={name!r} is not supported: use one of {list(GRIDS)}.")
 
 
 def quantize(weight: Float[Array, "*rows d_out"], grid: Grid, spec: QuantSpec) -> Float[Array, "*rows d_out"]:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from gptq_jax.matmul import explain
@@ -86,11 +86,12 @@ def _fields(spec: QuantSpec) -> dict[str, Any]:
     return {"bits": spec.bits, "group_size": spec.group_size, "symmetric": spec.symmetric}
 
 
-def inspection_table(result: dict[str, Any]) -> list[RenderableType]:
-    """What `inspect_model` found, for a terminal of 80 columns."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("layer", "shape", "grid", "bits", "loss", "rel. error", "runs"):
-        table.add_column(name, justify="left" if name in ("layer", "grid", "runs") else "right", no_wrap=True)
+def inspection_table(result: dict[str, Any]) -> list[Table | str]:
+    """What `inspect_model` found, for a terminal of 80 columns: a table between lines of plain text."""
+    table = Table(box=SIMPLE_HEAD, padding=0)
+    # Every path starts with "layers.", which stands once, at the head of its column.
+    for name in ("layers.", "shape", "grid", "loss", "rel. error", "runs"):
+        table.add_column(name, justify="left" if name in ("layers.", "grid", "runs") else "right", no_wrap=True)
     declined: dict[str, str] = {}
     for layer in result["layers"]:
         answers = layer["implementations"]
@@ -98,14 +99,17 @@ def inspection_table(result: dict[str, Any]) -> list[RenderableType]:
         declined |= {name: answer for name, answer in answers.items() if answer != "runs"}
         label = spec_label(QuantSpec(**layer["spec"])) if layer["spec"] else "float"
         table.add_row(
-            layer["path"],
+            escape(layer["path"].removeprefix("layers.")),
             "x".join(map(str, layer["shape"])),
-            label + (" (rounded)" if layer["fell_back"] else ""),
-            f"{layer['bits_per_weight']:.2f}",
-            *("" if layer[key] is None else f"{layer[key]:.3g}" for key in ("loss", "relative_error")),
+            label,
+            "" if layer["loss"] is None else f"{layer['loss']:.2e}",
+            "" if layer["relative_error"] is None else f"{layer['relative_error']:.4f}",
             runs,
         )
-    lines: list[RenderableType] = [f"{result['model']}: {result['kind']}", table]
+    lines: list[Table | str] = [f"{result['model']}: {result['kind']}", table]
+    rounded = [layer["path"] for layer in result["layers"] if layer["fell_back"]]
+    if rounded:
+        lines.append(f"could not be solved and were rounded to nearest: {', '.join(rounded)}")
     lines += [f"left float ({reason}): {path}" for path, reason in result["kept_float"].items()]
     lines += [f"{name} declines: {reason}" for name, reason in declined.items()]
     if result["bits_per_weight"] is not None:

@@ -13,7 +13,7 @@ from gptq_jax.block import BlockTask, Clock, quantize_block
 from gptq_jax.calibration import Batch
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
-from gptq_jax.models.base import Model, check_tokens, embed, linear_paths
+from gptq_jax.models.base import Architecture, Model, check_tokens, embed, linear_paths
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
@@ -54,7 +54,7 @@ def quantize(
     method = gptq() if method is None else method
     rules = spec if isinstance(spec, SpecRules) else SpecRules(default=spec or QuantSpec())
     rules = replace(rules, default=replace(rules.default, scale_dtype=rules.default.scale_dtype or "float16"))
-    tokens, masks = _split_batches(batches, model.config.vocab_size)
+    tokens, masks = _split_batches(batches, model.config)
     if not tokens:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
     specs = layer_specs(model, rules)
@@ -136,17 +136,21 @@ def _all_finite(leaf: Any) -> Any:
 
 
 def _split_batches(
-    batches: Sequence[Any], vocab_size: int
+    batches: Sequence[Any], config: Architecture
 ) -> tuple[list[Int32[Array, "batch time"]], list[Bool[Array, "batch time"] | None]]:
     """The tokens and the padding mask of each batch, checked."""
     tokens: list[Array] = []
     masks: list[Array | None] = []
     for batch in batches:
         rows, mask = batch if isinstance(batch, Batch) else (batch, None)
-        tokens.append(check_tokens(rows, vocab_size))
-        masks.append(None if mask is None else jnp.asarray(mask))
-        if mask is not None and mask.shape != rows.shape:
-            raise ValueError(f"mask has shape {mask.shape}, but its tokens {rows.shape}.")
+        tokens.append(check_tokens(rows, config.vocab_size))
+        shape = tokens[-1].shape
+        if shape[1] > config.context_length:
+            raise ValueError(f"batches of {shape[1]} tokens exceed the model's context of {config.context_length}.")
+        real = None if mask is None else jnp.asarray(mask, bool)
+        if real is not None and real.shape != shape:
+            raise ValueError(f"mask has shape {real.shape}, but its tokens {shape}.")
+        masks.append(real)
     return tokens, masks
 
 

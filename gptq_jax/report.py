@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from gptq_jax.spec import QuantSpec
@@ -82,7 +83,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return asdict(self)
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Report":
@@ -97,23 +98,24 @@ class Report:
 
     def table(self) -> Table:
         """A row a layer, for a terminal of 80 columns."""
-        table = Table(title="quantized layers", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        grids = {layer.spec for layer in self.layers}
-        headings = ["layer", "loss", "rounding's", "ratio", "rel. error", "damping", "s"]
-        for name in headings if len(grids) == 1 else [*headings, "grid"]:
-            table.add_column(name, justify="left" if name in ("layer", "grid") else "right", no_wrap=True)
+        table = Table(title="quantized layers", title_justify="left", box=SIMPLE_HEAD, padding=0)
+        one_grid = len({layer.spec for layer in self.layers}) == 1
+        # Every path starts with "layers.", which stands once, at the head of its column.
+        headings = ["layers.", "loss", "rtn loss", "ratio", "rel. error", "damping", "s"]
+        for name in headings if one_grid else [*headings, "grid"]:
+            table.add_column(name, justify="left" if name in ("layers.", "grid") else "right", no_wrap=True)
         for layer in self.layers:
             ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else float("nan")
             row = [
-                layer.path + (" [bold red](rounded)" if layer.fell_back else ""),
+                escape(layer.path.removeprefix("layers.")),
                 f"{layer.loss:.2e}",
                 f"{layer.rtn_loss:.2e}",
                 f"{ratio:.2f}",
                 f"{layer.relative_error:.4f}",
-                "" if layer.damping is None else f"{layer.damping:.3g}",
+                "[bold red]rounded" if layer.fell_back else "" if layer.damping is None else f"{layer.damping:.3g}",
                 f"{layer.seconds:.2f}",
             ]
-            table.add_row(*(row if len(grids) == 1 else [*row, spec_label(layer.spec)]))
+            table.add_row(*(row if one_grid else [*row, spec_label(layer.spec)]))
         return table
 
 

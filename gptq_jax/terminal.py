@@ -4,12 +4,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gptq_jax.report import LayerReport, Report, spec_label
 
+__all__ = ["console", "escape", "layer_progress", "note", "seconds_table", "size", "summarize"]
+
 console = Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """A line as it is: no markup, and never broken, so that a path in it can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -51,7 +59,8 @@ def summarize(report: Report, *, every_layer: bool = True) -> None:
         console.print(f"left float ({reason}): {shown}")
     if report.fallbacks:
         console.print(f"[bold red]rounded to nearest after all: {', '.join(report.fallbacks)}")
-    raised = [layer.path for layer in report.layers if (layer.damping or 0) > report.settings.get("damping", 1)]
+    asked = report.settings.get("damping", 1.0)
+    raised = [layer.path for layer in report.layers if not layer.fell_back and (layer.damping or 0) > asked * 1.001]
     if raised:
         console.print(f"[yellow]damping was raised for {', '.join(raised)}")
     labels = sorted({spec_label(layer.spec) for layer in report.layers})

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -65,6 +65,7 @@ class GPTQOptions:
             raise ValueError(f"damping={self.damping} is not in [0, 1]: use a fraction of the mean, e.g. 0.01.")
 
 
+@lru_cache  # the same functions for the same options, so that jit knows them again
 def gptq(*, order: str = "activation", static_groups: bool = True, grid: str = "ldl", damping: float = 0.01) -> Method:
     """GPTQ as a method of the pipeline; arguments as in `GPTQOptions`. Its statistics are the Hessian."""
     options = GPTQOptions(order=order, static_groups=static_groups, grid=grid, damping=damping)

@@ -1,6 +1,6 @@
 """Round to nearest: the baseline that needs no calibration."""
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor
 
 
+@lru_cache  # the same functions for the same grid, so that jit knows them again
 def rtn(grid: str = "minmax") -> Method:
     """Round every weight to the nearest point of its group's grid.
 
@@ -38,9 +39,14 @@ def round_to_nearest(weight: Float[Array, "d_in d_out"], spec: QuantSpec, grid: 
     """`weight` on the grid called `grid` of each of its groups."""
     grouped = split_groups(weight.astype(jnp.float32), spec)
     ones = jnp.ones(grouped.shape[1], jnp.float32)
-    fitted = jax.lax.map(lambda group: grids.fit(grid, group, ones, spec), grouped)
-    codes = grids.quantize(grouped, grids.Grid(*(leaf[:, None] for leaf in fitted)), spec)
-    return assemble(codes.reshape(-1, weight.shape[1])[: weight.shape[0]], fitted, spec)
+    return round_to_grid(weight, jax.lax.map(lambda group: grids.fit(grid, group, ones, spec), grouped), spec)
+
+
+def round_to_grid(weight: Float[Array, "d_in d_out"], grid: grids.Grid, spec: QuantSpec) -> QuantizedTensor:
+    """`weight` on a grid [groups, d_out]."""
+    grouped = split_groups(weight.astype(jnp.float32), spec)
+    codes = grids.quantize(grouped, grids.Grid(*(leaf[:, None] for leaf in grid)), spec)
+    return assemble(codes.reshape(-1, weight.shape[1])[: weight.shape[0]], grid, spec)
 
 
 def split_groups(weight: Float[Array, "d_in d_out"], spec: QuantSpec) -> Float[Array, "groups rows d_out"]:

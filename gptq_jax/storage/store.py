@@ -1,6 +1,6 @@
 """The library's own directory: packed arrays in Orbax, everything else as JSON, all of it checked on load.
 
-DIR/gptq_jax.json   version, grids of the packed kernels, size and SHA-256 of every other file
+DIR/gptq_jax.json   version, grids of the packed kernels, size and SHA-256 of every other file and of itself
 DIR/config.json     the model's Hugging Face config
 DIR/report.json     the quantization report
 DIR/arrays/         the parameter tree, an Orbax checkpoint; a packed kernel is a dict of its arrays
@@ -30,7 +30,7 @@ from pallas_kernels.packing import packed_words
 
 MANIFEST = "gptq_jax.json"
 VERSION = 1
-_ARRAYS = "arrays"
+_ARRAYS, _CONFIG, _REPORT = "arrays", "config.json", "report.json"
 _MARGIN = 64 * 2**20  # free bytes wanted beyond the arrays themselves
 
 
@@ -83,9 +83,9 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
     check_target(path, overwrite=overwrite, nbytes=tree_bytes(model.params))
     arrays = _unpacked(model.params)
     with _replacing(path) as partial:
-        _write_json(partial / "config.json", model.source)
+        _write_json(partial / _CONFIG, model.source)
         if model.report is not None:
-            _write_json(partial / "report.json", model.report)
+            _write_json(partial / _REPORT, model.report)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -101,9 +101,9 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
                 for file in written
             },
         }
-        _write_json(partial / MANIFEST, manifest)
-        for file in [*written, partial / MANIFEST]:
-            _sync(file)
+        _write_json(partial / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
+        for entry in [partial, *partial.rglob("*")]:
+            _sync(entry)
 
 
 def load_store(path: str | os.PathLike[str]) -> Model:
@@ -117,8 +117,7 @@ def load_store(path: str | os.PathLike[str]) -> Model:
     path = Path(path).absolute()
     manifest = read_manifest(path)
     _verify(path, manifest["files"])
-    source = _read_json(path / "config.json")
-    config = architecture_from_config(source)
+    source, config, report = _described(path, manifest)
     target = _target(path, manifest, config)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -128,29 +127,29 @@ def load_store(path: str | os.PathLike[str]) -> Model:
                     item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
                 ),
             )
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(path / _ARRAYS, f"cannot be restored: {str(error).splitlines()[0]}") from error
-    report = path / "report.json"
+    except Exception as error:  # Orbax lets many kinds through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(path / _ARRAYS, f"cannot be restored: {reason}") from error
     return Model(
         config=config,
         params=_repacked(arrays, manifest["quantized"], config),
-        tokenizer=_tokenizer(path),
+        tokenizer=_tokenizer(path, manifest["files"]),
         source=source,
-        report=_read_json(report) if report.is_file() else None,
+        report=report,
     )
 
 
 def read_shapes(path: Path) -> tuple[Architecture, Any, dict[str, Any] | None]:
     """The architecture, the parameters as shapes (packed ones as QuantizedTensors of shapes), and the report."""
+    path = path.absolute()
     manifest = read_manifest(path)
-    config = architecture_from_config(_read_json(path / "config.json"))
-    params = _repacked(_target(path, manifest, config), manifest["quantized"], config)
-    report = path / "report.json"
-    return config, params, _read_json(report) if report.is_file() else None
+    _verify(path, {name: entry for name, entry in manifest["files"].items() if name in (_CONFIG, _REPORT)})
+    _, config, report = _described(path, manifest)
+    return config, _repacked(_target(path, manifest, config), manifest["quantized"], config), report
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of gptq_jax.json, its version checked."""
+    """The content of gptq_jax.json, its version and its own checksum checked."""
     manifest = _read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or manifest.get("format") != "gptq-jax":
         raise CheckpointError(path / MANIFEST, "is not a manifest of gptq-jax.")
@@ -159,10 +158,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
             path / MANIFEST,
             f"is of version {manifest.get('version')}, but this gptq-jax reads version {VERSION}.",
         )
-    for entry in ("quantized", "dtypes", "files"):
-        if not isinstance(manifest.get(entry), dict):
-            raise CheckpointError(path / MANIFEST, f"has no table {entry!r}.")
+    found = manifest.pop("sha256", None)
+    if found != manifest_digest(manifest):
+        raise CheckpointError(path / MANIFEST, "is damaged: its SHA-256 is not the one that was written.")
+    for table in ("quantized", "dtypes", "files"):
+        if not isinstance(manifest.get(table), dict):
+            raise CheckpointError(path / MANIFEST, f"has no table {table!r}.")
+    for name, entry in manifest["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(path / MANIFEST, f"lists {name!r}, which lies outside the directory.")
+        if not (isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and "sha256" in entry):
+            raise CheckpointError(path / MANIFEST, f"gives {name!r} no size and SHA-256.")
+    if _CONFIG not in manifest["files"]:
+        raise CheckpointError(path / MANIFEST, f"does not list {_CONFIG}.")
     return manifest
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def packed_layers(params: Any) -> dict[str, QuantizedTensor]:
@@ -210,11 +224,35 @@ def _unpacked(params: Any) -> Any:
 
 
 _FIELDS = ("codes", "scales", "zeros", "group_of_row")
+_FLOATS = ("float32", "bfloat16", "float16")
+_DTYPES = {  # that each array of a packed kernel may have
+    ".codes": ("uint32",),
+    ".scales": _FLOATS,
+    ".zeros": ("uint8", *_FLOATS),
+    ".group_of_row": ("int32",),
+}
+
+
+def _described(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], Architecture, dict[str, Any] | None]:
+    """The Hugging Face config, the architecture it describes, and the report."""
+    source = _read_json(path / _CONFIG)
+    try:
+        config = architecture_from_config(source)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise CheckpointError(path / _CONFIG, f"describes no model: {error}") from error
+    report = _read_json(path / _REPORT) if _REPORT in manifest["files"] else None
+    if not isinstance(report, dict | None):
+        raise CheckpointError(path / _REPORT, "is not a report.")
+    return source, config, report
 
 
 def _target(path: Path, manifest: dict[str, Any], config: Architecture) -> Any:
     """The tree to restore, as shapes: the architecture's, with the arrays of packed kernels in their place."""
     dtypes, quantized = manifest["dtypes"], _grids(path, manifest)
+    leaves = jax.tree_util.tree_leaves_with_path(config.abstract_params())
+    kernels = {_name(where).removesuffix(".kernel") for where, leaf in leaves if _name(where).endswith(".kernel")}
+    if unknown := sorted(set(quantized) - kernels):
+        raise CheckpointError(path / MANIFEST, f"holds grids of {unknown}, which are no layers of the model.")
 
     def expected(where: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
         name = _name(where)
@@ -230,7 +268,7 @@ def _target(path: Path, manifest: dict[str, Any], config: Architecture) -> Any:
                 shapes[".group_of_row"] = (d_in,)
         arrays = {}
         for field, shape in shapes.items():
-            if dtypes.get(name + field) not in _DTYPES:
+            if dtypes.get(name + field) not in _DTYPES.get(field, _FLOATS):
                 raise CheckpointError(path / MANIFEST, f"gives {name + field} the dtype {dtypes.get(name + field)!r}.")
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             arrays[field.removeprefix(".")] = jax.ShapeDtypeStruct(
@@ -241,14 +279,16 @@ def _target(path: Path, manifest: dict[str, Any], config: Architecture) -> Any:
     return jax.tree_util.tree_map_with_path(expected, config.abstract_params())
 
 
-_DTYPES = ("float32", "bfloat16", "float16", "uint32", "uint8", "int32")
-
-
 def _grids(path: Path, manifest: dict[str, Any]) -> dict[str, QuantSpec]:
-    try:
-        return {layer: QuantSpec(**spec) for layer, spec in manifest["quantized"].items()}
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(path / MANIFEST, f"holds a grid that cannot be: {error}") from error
+    grids = {}
+    for layer, fields in manifest["quantized"].items():
+        try:
+            grids[layer] = QuantSpec(**fields)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(path / MANIFEST, f"holds a grid of {layer} that cannot be: {error}") from error
+        if type(grids[layer].bits) is not int or type(grids[layer].symmetric) is not bool:
+            raise CheckpointError(path / MANIFEST, f"holds a grid of {layer} that cannot be: {fields}.")
+    return grids
 
 
 def _repacked(arrays: Any, quantized: dict[str, Any], config: Architecture) -> Any:
@@ -271,8 +311,6 @@ def _verify(path: Path, files: dict[str, Any]) -> None:
     """Sizes first, which costs nothing, then content."""
     for name, entry in files.items():
         file = path / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(path / MANIFEST, f"lists {name!r}, which lies outside the directory.")
         if not file.is_file():
             raise CheckpointError(file, "is missing.")
         if file.stat().st_size != entry["bytes"]:
@@ -282,8 +320,8 @@ def _verify(path: Path, files: dict[str, Any]) -> None:
             raise CheckpointError(path / name, "is damaged: its SHA-256 is not the one that was written.")
 
 
-def _tokenizer(path: Path) -> Any:
-    if not (path / "tokenizer.json").is_file():
+def _tokenizer(path: Path, files: dict[str, Any]) -> Any:
+    if "tokenizer.json" not in files:
         return None
     from transformers import AutoTokenizer
 
@@ -294,20 +332,21 @@ def _tokenizer(path: Path) -> Any:
 def _replacing(path: Path) -> Iterator[Path]:
     """A new directory that takes the place of `path` at the end, and leaves nothing behind if that is not reached."""
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    os.chmod(partial, 0o755)  # mkdtemp's is private
+    replaced = partial.with_suffix(".replaced")
     try:
+        os.chmod(partial, 0o755)  # mkdtemp's is private
         yield partial
         if path.exists():
-            replaced = partial.with_suffix(".replaced")
             os.rename(path, replaced)
-            os.rename(partial, path)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(partial, path)
+        os.rename(partial, path)
         _sync(path.parent)
     except BaseException:
+        if replaced.exists() and not path.exists():
+            os.rename(replaced, path)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _digest(file: Path) -> str:
@@ -332,5 +371,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise CheckpointError(path, "is missing.") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(path, f"is not JSON: {error}") from None
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(path, f"is not JSON: {error}.") from None
