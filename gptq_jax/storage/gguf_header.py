@@ -66,7 +66,7 @@ class Header:
 
 def read_header(path: str | PathLike[str], data: UInt8[np.ndarray, "size"]) -> Header:
     """Read the header of the file at `path`, whose bytes are `data`; CheckpointError if anything is wrong."""
-    cursor = _Cursor(Path(path), memoryview(data))
+    cursor = _Cursor(Path(path), data.data)
     if cursor.size < 24 or bytes(cursor.take(4)) != MAGIC:
         raise CheckpointError(path, "is not a GGUF file (it does not begin with 'GGUF').")
     version = cursor.scalar("<I")
