@@ -101,8 +101,8 @@ class Report:
         table = Table(title="quantized layers", title_justify="left", box=SIMPLE_HEAD, padding=0)
         one_grid = len({layer.spec for layer in self.layers}) == 1
         # Every path starts with "layers.", which stands once, at the head of its column.
-        headings = ["layers.", "loss", "rtn loss", "ratio", "rel. error", "damping", "s"]
-        for name in headings if one_grid else [*headings, "grid"]:
+        last = "ratio" if one_grid else "grid"
+        for name in ("layers.", "loss", "rtn loss", "error", "damping", "s", last):
             table.add_column(name, justify="left" if name in ("layers.", "grid") else "right", no_wrap=True)
         for layer in self.layers:
             ratio = layer.loss / layer.rtn_loss if layer.rtn_loss else float("nan")
@@ -110,12 +110,11 @@ class Report:
                 escape(layer.path.removeprefix("layers.")),
                 f"{layer.loss:.2e}",
                 f"{layer.rtn_loss:.2e}",
-                f"{ratio:.2f}",
                 f"{layer.relative_error:.4f}",
                 "[bold red]rounded" if layer.fell_back else "" if layer.damping is None else f"{layer.damping:.3g}",
                 f"{layer.seconds:.2f}",
             ]
-            table.add_row(*(row if one_grid else [*row, spec_label(layer.spec)]))
+            table.add_row(*row, f"{ratio:.2f}" if one_grid else spec_label(layer.spec))
         return table
 
 

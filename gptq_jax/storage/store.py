@@ -238,7 +238,7 @@ def _described(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], Ar
     source = _read_json(path / _CONFIG)
     try:
         config = architecture_from_config(source)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(path / _CONFIG, f"describes no model: {error}") from error
     report = _read_json(path / _REPORT) if _REPORT in manifest["files"] else None
     if not isinstance(report, dict | None):
