@@ -63,8 +63,9 @@ def test_the_table_fits_80_columns_whole(grids):
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     row, fallen = (line for line in text.splitlines() if "proj" in line)
-    cells = ["123.self_attn.q_proj", "1.23e-05", "2.50e-05", "0.49", "0.1234", "0.01", "123.46"]
+    cells = ["123.self_attn.q_proj", "1.23e-05", "2.50e-05", "0.1234", "0.01", "123.46"]
     assert row.split()[: len(cells)] == cells
+    assert ("0.49" in row) == (grids == 1)
     assert "rounded" in fallen
     assert ("W8 g1024 asym" in row, "W4 column sym" in fallen) == (grids == 2, grids == 2)
 
@@ -93,9 +94,8 @@ def test_the_summary_is_whole(monkeypatch):
     for part in ("left float (skipped): layers.0.mlp.up_proj", "rounded to nearest after all: layers.7.mlp.down_proj"):
         assert part in text
     assert "W8 g1024 asym: 7.984 bits per weight in 2 layers" in text
-    assert [line.split() for line in text.splitlines() if "forward" in line] == [
-        ["│", "forward", "│", "3.0", "│", "75%", "│"]
-    ]
+    row = next(line for line in text.splitlines() if "forward" in line)
+    assert row.replace("│", " ").split() == ["forward", "3.0", "75%"]
 
 
 def test_paths_are_shown_as_they_are(monkeypatch):

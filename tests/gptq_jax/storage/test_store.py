@@ -193,13 +193,11 @@ def test_truncated_and_missing_files_are_named(copy, change):
         if change == "missing":
             file.unlink()
         elif content:
-            file.write_bytes(
-                content[:-1] if name.endswith("json") and "/" not in name else content[: len(content) // 2]
-            )
+            file.write_bytes(content[:-1])
         else:
             continue
         if name == "gptq_jax.json" and change == "missing":
-            with pytest.raises(ValueError, match="does not fit its config|safetensors"):  # no longer a store
+            with pytest.raises(ValueError, match=r"does not fit its config|safetensors"):  # no longer a store
                 load(copy)
         elif name == "gptq_jax.json":
             load(copy)  # its last byte is a line's end
@@ -207,7 +205,7 @@ def test_truncated_and_missing_files_are_named(copy, change):
             with pytest.raises(CheckpointError, match="is not JSON"):
                 load(copy)
         else:
-            with pytest.raises(CheckpointError, match="is missing|bytes, but") as error:
+            with pytest.raises(CheckpointError, match=r"is missing|bytes, but") as error:
                 load(copy)
             assert str(error.value).startswith(f"{file}: ")
         file.parent.mkdir(exist_ok=True)
@@ -292,7 +290,7 @@ def test_manifests_with_wrong_values_give_checkpoint_errors_only(copy, monkeypat
                 read()
             except CheckpointError as error:
                 refused += 1
-                assert str(copy) in str(error)
+                assert str(copy) in str(error)  # noqa: PT017  (there may be none)
     assert refused > 20
 
 
@@ -308,7 +306,7 @@ def test_configs_with_wrong_values_give_checkpoint_errors_only(copy):
                 store.read_shapes(copy)
             except CheckpointError as error:
                 refused += 1
-                assert str(copy) in str(error)
+                assert str(copy) in str(error)  # noqa: PT017  (there may be none)
     assert refused > 30
 
 
