@@ -327,12 +327,13 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
             print(f"{name.replace('_', ' '):20} {shown}")
 
 
-def _version(shown: bool) -> None:
+def _version(shown: bool) -> bool:
     if shown:
         from gptq_jax import __version__
 
         print(f"gptq-jax {__version__}")
         raise typer.Exit
+    return shown
 
 
 @app.callback()
