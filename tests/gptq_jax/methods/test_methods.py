@@ -27,15 +27,19 @@ TABLE = {
     "gptq group": gptq(order="group", static_groups=False, grid="minmax"),
     "clip search": clip_search(),
 }
-# Inputs with correlations, which is what solvers live by.
-_MIX = np.random.default_rng(2).standard_normal((64, 64)) * np.linspace(2, 0.05, 64)[:, None]
-X = (np.random.default_rng(3).standard_normal((400, 64)) @ _MIX).astype(np.float32)
+_NOISE = np.random.default_rng(3).standard_normal((400, 64)) * np.linspace(2, 0.05, 64)
+INPUTS = {  # with correlations, which solvers live by; and without, as those see them that look at single inputs
+    "correlated": (_NOISE @ np.random.default_rng(2).standard_normal((64, 64))).astype(np.float32),
+    "independent": _NOISE.astype(np.float32),
+}
+LOOK_AT_SINGLE_INPUTS = ("clip search", "rtn mse")
+X = INPUTS["correlated"]
 WEIGHT = np.random.default_rng(4).standard_normal((64, 24)).astype(np.float32)
 
 
-def solve(method: Method, spec: QuantSpec) -> QuantizedTensor:
+def solve(method: Method, inputs: np.ndarray, spec: QuantSpec) -> QuantizedTensor:
     stats = method.init(64, 24)
-    for rows in np.split(X, 4):
+    for rows in np.split(inputs, 4):
         stats = jax.jit(method.update)(stats, LayerBatch(jnp.asarray(rows)))
     solution = jax.jit(method.solve, static_argnums=2)(jnp.asarray(WEIGHT), stats, spec)
     return solution.tensor if isinstance(solution, Solution) else solution
@@ -46,16 +50,18 @@ def solve(method: Method, spec: QuantSpec) -> QuantizedTensor:
 @pytest.mark.parametrize("name", TABLE)
 def test_tensors_keep_their_promises(name, bits, symmetric):
     spec = QuantSpec(bits=bits, group_size=24, symmetric=symmetric, scale_dtype="float16")
-    tensor = solve(TABLE[name], spec)
+    inputs = INPUTS["independent" if name in LOOK_AT_SINGLE_INPUTS else "correlated"]
+    tensor = solve(TABLE[name], inputs, spec)
     validate(tensor)
     assert tensor.shape == WEIGHT.shape
     assert tensor.spec == spec
 
     def error(tensor):
-        return float(np.sum((X @ (WEIGHT - np.asarray(tensor.dequantize()))) ** 2))
+        return float(np.sum((inputs @ (WEIGHT - np.asarray(tensor.dequantize()))) ** 2))
 
-    # The search of "mse" minimizes another norm than the output's; where it gains nothing it may lose a little.
-    slack = 1.1 if name == "rtn mse" else 1.001
+    # The search of "mse" minimizes another norm than the output's; where it gains nothing it may lose a little. What
+    # inputs seem to be independent are so only nearly.
+    slack = {"rtn mse": 1.1, "clip search": 1.02}.get(name, 1.001)
     assert error(tensor) <= slack * error(round_to_nearest(jnp.asarray(WEIGHT), spec))
 
 
