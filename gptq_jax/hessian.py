@@ -38,12 +38,14 @@ def factorize(hessian: Float[Array, "d_in d_in"], damping: float, mean_diagonal:
         mean_diagonal: of the inputs that exist (the Hessian may be padded).
     """
     diagonal = jnp.diagonal(hessian)
-    identity = jnp.eye(hessian.shape[0], dtype=jnp.float32)
 
     def attempt(damping: Array) -> Factor:
-        damped = hessian + jnp.diag(jnp.where(diagonal == 0, 1.0, damping * mean_diagonal))
+        added = jnp.where(diagonal == 0, 1.0, damping * mean_diagonal)
+        on_diagonal = jnp.eye(diagonal.shape[0], dtype=bool)
+        damped = jnp.where(on_diagonal, (diagonal + added)[None], hessian)
         lower = jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
-        return Factor(lower[::-1, ::-1], damping, jnp.all(jnp.isfinite(lower)))
+        # A factorization that fails leaves NaN on the diagonal too, where looking is cheap.
+        return Factor(lower, damping, jnp.all(jnp.isfinite(jnp.diagonal(lower))))
 
     def raised(last: Factor) -> Factor:
         # Damping 0 can be asked for; it must be able to grow too.
@@ -52,8 +54,13 @@ def factorize(hessian: Float[Array, "d_in d_in"], damping: float, mean_diagonal:
     def failing(last: Factor) -> Array:
         return ~last.succeeded & (last.damping < _MAX_DAMPING)
 
-    result = jax.lax.while_loop(failing, raised, attempt(jnp.float32(damping)))
-    return result._replace(upper=jnp.where(result.succeeded, result.upper, identity))
+    # Under a condition, because a loop that is always entered copies the matrix it carries.
+    first = attempt(jnp.float32(damping))
+    lower, used, succeeded = jax.lax.cond(
+        first.succeeded, lambda: first, lambda: jax.lax.while_loop(failing, raised, first)
+    )
+    identity = jnp.eye(hessian.shape[0], dtype=jnp.float32)
+    return Factor(jnp.where(succeeded, lower[::-1, ::-1], identity), used, succeeded)
 
 
 def output_energy(error: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"]) -> Float[Array, "d_out"]:

@@ -162,7 +162,9 @@ def solve_layer(
 
     order = input_order(jnp.diagonal(hessian), options.order, group_rows)
     back = jnp.argsort(order)
-    factor = factorize(hessian[order][:, order], options.damping, mean_diagonal)
+    if options.order != "natural":
+        hessian = hessian[order[:, None], order[None]]
+    factor = factorize(hessian, options.damping, mean_diagonal)
     pivots = jnp.square(jnp.diagonal(factor.upper))
     rows = grouped.reshape(-1, d_out)[order]
 
@@ -204,20 +206,17 @@ def _sweep_static(
     """Codes of all rows on grids known beforehand."""
     rows = weight.shape[0]
     block = min(_BLOCK, rows)
-    padding = -rows % block
-    weight = jnp.pad(weight, ((0, padding), (0, 0)))
-    upper = jnp.pad(upper, ((0, padding), (0, padding))) + jnp.diag(
-        (jnp.arange(rows + padding) >= rows).astype(jnp.float32)
-    )
-    group_of_row = jnp.pad(group_of_row, (0, padding))
+    if padding := -rows % block:
+        weight = jnp.pad(weight, ((0, padding), (0, 0)))
+        ones = (jnp.arange(rows + padding) >= rows).astype(jnp.float32)
+        upper = jnp.pad(upper, ((0, padding), (0, padding))) + jnp.diag(ones)
+        group_of_row = jnp.pad(group_of_row, (0, padding))
 
-    def leaf(at: Array, block: _Block, codes: Array) -> tuple[Array, Array]:
+    def leaf(at: Array, block: _Block, state: None) -> tuple[Array, Array, None]:
         home = jax.lax.dynamic_slice_in_dim(group_of_row, at, block.weight.shape[0])
-        errors, new = _round_rows(block, lambda j: jax.tree.map(lambda leaf: leaf[home[j]], grid), spec)
-        return errors, jax.lax.dynamic_update_slice_in_dim(codes, new, at, axis=0)
+        return *_round_rows(block, lambda j: jax.tree.map(lambda leaf: leaf[home[j]], grid), spec), None
 
-    everything = _Block(weight, jnp.zeros_like(weight), upper)
-    return _sweep(everything, block, leaf, jnp.zeros(weight.shape, jnp.uint8))[1][:rows]
+    return _sweep(_Block(weight, jnp.zeros_like(weight), upper), block, leaf, None)[1][:rows]
 
 
 def _sweep_dynamic(
@@ -232,61 +231,65 @@ def _sweep_dynamic(
     inner = max(size for size in range(1, _BLOCK + 1) if group_rows % size == 0)
     inner = group_rows if inner < _BLOCK // 4 else inner  # no divisor is worth a loop of its own
 
-    def leaf(at: Array, group: _Block, state: tuple[Array, grids.Grid]) -> tuple[Array, tuple[Array, grids.Grid]]:
-        identity = jnp.eye(group_rows, dtype=jnp.float32)
-        inverse = solve_triangular(group.upper, identity, lower=False)
+    groups = turn.shape[0]
+    each = jnp.arange(groups)
+    squares = upper.reshape(groups, group_rows, groups, group_rows)[each, :, each]
+    identity = jnp.eye(group_rows, dtype=jnp.float32)
+    # All of them at once: a LAPACK call inside the loop leaves its threads in the way of the products.
+    inverses = jax.vmap(lambda square: solve_triangular(square, identity, lower=False))(squares)
+
+    def leaf(at: Array, group: _Block, fitted: grids.Grid) -> tuple[Array, Array, grids.Grid]:
         # What the paper's updates have made of these weights by now.
-        compensated = group.weight + _matmul(inverse.T, group.seen)
+        compensated = group.weight + _matmul(inverses[at // group_rows].T, group.seen)
         grid = grids.fit(grid_name, compensated, jnp.square(jnp.diagonal(group.upper)), spec)
-
-        def inner_leaf(inner_at: Array, block: _Block, codes: Array) -> tuple[Array, Array]:
-            errors, new = _round_rows(block, lambda j: grid, spec)
-            return errors, jax.lax.dynamic_update_slice_in_dim(codes, new, at + inner_at, axis=0)
-
-        codes, fitted = state
-        errors, codes = _sweep(group, inner, inner_leaf, codes)
         home = turn[at // group_rows]
-        return errors, (codes, jax.tree.map(lambda all_, one: all_.at[home].set(one), fitted, grid))
+        fitted = jax.tree.map(lambda all_, one: all_.at[home].set(one), fitted, grid)
+        if inner == group_rows:
+            return *_round_rows(group, lambda j: grid, spec), fitted
+        errors, codes, _ = _sweep(
+            group, inner, lambda at, block, state: (*_round_rows(block, lambda j: grid, spec), state), None
+        )
+        return errors, codes, fitted
 
-    empty = jnp.zeros((turn.shape[0], weight.shape[1]), jnp.float32)
-    state = (jnp.zeros(weight.shape, jnp.uint8), grids.Grid(empty, empty))
-    return _sweep(_Block(weight, jnp.zeros_like(weight), upper), group_rows, leaf, state)[1]
+    empty = jnp.zeros((groups, weight.shape[1]), jnp.float32)
+    everything = _Block(weight, jnp.zeros_like(weight), upper)
+    return _sweep(everything, group_rows, leaf, grids.Grid(empty, empty))[1:]
 
 
 def _sweep(
     rows: _Block,
     size: int,
-    leaf: Callable[[Array, _Block, State], tuple[Array, State]],
+    leaf: Callable[[Array, _Block, State], tuple[Array, Array, State]],
     state: State,
-) -> tuple[Float[Array, "rows d_out"], State]:
+) -> tuple[Float[Array, "rows d_out"], UInt8[Array, "rows d_out"], State]:
     """Visit `rows` in blocks of `size`, which divides them, gathering for each what the errors before it add.
 
     Args:
         rows: all of them.
         size: rows of a block.
-        leaf: (first row, block, state) -> (errors of the block, state).
+        leaf: (first row, block, state) -> (errors and codes of the block, state).
         state: what leaves hand on.
 
     Returns:
-        The errors W - Q, and the last state.
+        The errors W - Q, the codes, and the last state.
     """
     total = rows.weight.shape[0]
     chunk = size * math.ceil(max(_CHUNK, total / _CHUNKS) / size)
-    done = rows.weight[:0]
+    done, all_codes = rows.weight[:0], []
     for start in range(0, total, chunk):  # at most _CHUNKS times, whatever the size of the matrix
         here = slice(start, start + chunk)
         weight, upper = rows.weight[here], rows.upper[here, here]
-        seen = rows.seen[here] + _matmul(rows.upper[:start, here].T, done)
+        seen = rows.seen[here] + _matmul(rows.upper[:start, here].T, done) if start else rows.seen[here]
 
         def visit(
             k: Array,
-            carry: tuple[Array, State],
+            carry: tuple[Array, Array, State],
             start: int = start,
             weight: Array = weight,
             upper: Array = upper,
             seen: Array = seen,
-        ) -> tuple[Array, State]:
-            errors, state = carry
+        ) -> tuple[Array, Array, State]:
+            errors, codes, state = carry
             at = k * size
             columns = jax.lax.dynamic_slice_in_dim(upper, at, size, axis=1)
             # Errors from row `at` on are still zero, so that all rows can take part in the product.
@@ -295,13 +298,15 @@ def _sweep(
                 jax.lax.dynamic_slice_in_dim(seen, at, size) + _matmul(columns.T, errors),
                 jax.lax.dynamic_slice_in_dim(columns, at, size),
             )
-            new, state = leaf(start + at, block, state)
-            return jax.lax.dynamic_update_slice_in_dim(errors, new, at, axis=0), state
+            new_errors, new_codes, state = leaf(start + at, block, state)
+            errors = jax.lax.dynamic_update_slice_in_dim(errors, new_errors, at, axis=0)
+            return errors, jax.lax.dynamic_update_slice_in_dim(codes, new_codes, at, axis=0), state
 
-        count = weight.shape[0] // size
-        errors, state = jax.lax.fori_loop(0, count, visit, (jnp.zeros_like(weight), state))
+        empty = jnp.zeros_like(weight), jnp.zeros(weight.shape, jnp.uint8), state
+        errors, codes, state = jax.lax.fori_loop(0, weight.shape[0] // size, visit, empty)
         done = jnp.concatenate([done, errors])
-    return done, state
+        all_codes.append(codes)
+    return done, jnp.concatenate(all_codes), state
 
 
 def _round_rows(

@@ -71,9 +71,7 @@ def test_unusable_files(tmp_path, name, content, problem):
 
 
 def test_unknown_source_and_split(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="wikitext does not exist: give wikitext2, ptb, c4, or a file"
-    ):
+    with pytest.raises(FileNotFoundError, match="wikitext does not exist: give wikitext2, ptb, c4, or a file"):
         read_text("wikitext")
     with pytest.raises(ValueError, match="split='dev' is not one of train, validation, test"):
         read_text("wikitext2", split="dev")
@@ -173,9 +171,7 @@ def test_calibration_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer)
     path = tmp_path / "text.txt"
     path.write_text("".join(f"line {number}\n" for number in range(200)))
     options = {"samples": 5, "length": 16, "batch_size": 2}
-    first, again, other = (
-        calibration_batches(str(path), tokenizer, seed=seed, **options) for seed in (1, 1, 2)
-    )
+    first, again, other = (calibration_batches(str(path), tokenizer, seed=seed, **options) for seed in (1, 1, 2))
     assert [batch.shape for batch in first] == [(2, 16), (2, 16), (1, 16)]
     assert all(np.array_equal(*pair) for pair in zip(first, again, strict=True))
     assert not all(np.array_equal(*pair) for pair in zip(first, other, strict=True))

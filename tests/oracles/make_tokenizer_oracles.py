@@ -54,9 +54,7 @@ def tiny_sentencepiece() -> None:
     )
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     size = processor.get_piece_size()
-    types = [
-        next((number for test, number in PIECE_TYPES if getattr(processor, test)(i)), 1) for i in range(size)
-    ]
+    types = [next((number for test, number in PIECE_TYPES if getattr(processor, test)(i)), 1) for i in range(size)]
     for symbol in SPECIAL["user_defined_symbols"]:
         types[processor.piece_to_id(symbol)] = 4
     texts = [*TEXTS, "These methods are called to implement the binary arithmetic operations"]

@@ -85,9 +85,7 @@ def test_k_quants(tmp_path, type):
 
 def test_unsupported_type_is_named(tmp_path):
     raw = {"blk.0.ffn_down.weight": (np.zeros((2, 84), np.uint8), Type.Q2_K)}
-    with pytest.raises(
-        CheckpointError, match=r"model\.gguf: tensor 'blk.0.ffn_down.weight' is Q2_K.*Q8_0.*Q6_K can"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.gguf: tensor 'blk.0.ffn_down.weight' is Q2_K.*Q8_0.*Q6_K can"):
         GgufFile(write(tmp_path / "model.gguf", {"model.embed_tokens.weight": np.ones((2, 32))}, raw=raw))
 
 
@@ -131,9 +129,7 @@ def test_config_of_other_layouts(tmp_path):
         "llama.rope.scaling.type": "linear",
         "llama.rope.scaling.factor": 4.0,
     }
-    config = GgufFile(
-        write(tmp_path / "model.gguf", hf_tensors(tied=True, biases=True), metadata=metadata)
-    ).config
+    config = GgufFile(write(tmp_path / "model.gguf", hf_tensors(tied=True, biases=True), metadata=metadata)).config
     assert (config["model_type"], config["sliding_window"]) == ("mistral", 32)
     assert config["attention_bias"]
     assert config["mlp_bias"]

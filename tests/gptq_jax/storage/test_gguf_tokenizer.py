@@ -129,9 +129,7 @@ def test_no_tokenizer_is_none(tmp_path):
 
 
 def test_tokenizer_of_a_file(tmp_path):
-    tokenizer = GgufFile(
-        write(tmp_path / "model.gguf", hf_tensors(), metadata=byte_vocabulary(MERGES))
-    ).tokenizer()
+    tokenizer = GgufFile(write(tmp_path / "model.gguf", hf_tensors(), metadata=byte_vocabulary(MERGES))).tokenizer()
     assert pieces(tokenizer, "abc") == ["abc"]
     assert tokenizer.model_max_length == 128
 

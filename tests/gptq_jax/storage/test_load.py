@@ -34,9 +34,7 @@ def read(path, dtype="float32"):
 def test_params_of_a_directory(tmp_path):
     stored = decoder_cases.tensors(decoder_cases.CASES["biases"])
     params = read(checkpoint(tmp_path, "biases"))
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(
-        values.size for values in stored.values()
-    )
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sum(values.size for values in stored.values())
     layer = "model.layers.1"
     attention = params["layers"][1]["self_attn"]
     np.testing.assert_array_equal(attention["k_proj"]["kernel"], stored[f"{layer}.self_attn.k_proj.weight"].T)
@@ -168,7 +166,5 @@ def test_hub_cannot_be_reached(monkeypatch):
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    with pytest.raises(
-        FileNotFoundError, match="org/model is no local path, and the Hugging Face Hub cannot be"
-    ):
+    with pytest.raises(FileNotFoundError, match="org/model is no local path, and the Hugging Face Hub cannot be"):
         open_source("org/model")

@@ -52,9 +52,7 @@ def test_one_file_of_any_name(tmp_path):
     assert len(SafetensorsDirectory(tmp_path).names()) == 3
 
 
-@pytest.mark.parametrize(
-    "file", ["../x.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "..\\x", 7]
-)
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "..", "", "sub/x.safetensors", "..\\x", 7])
 def test_index_cannot_lead_out_of_the_directory(tmp_path, file):
     with pytest.raises(CheckpointError, match=r"index\.json: places tensor 'a' in .* not a plain file name"):
         SafetensorsDirectory(sharded(tmp_path, a=file))
@@ -62,9 +60,7 @@ def test_index_cannot_lead_out_of_the_directory(tmp_path, file):
 
 def test_missing_shard_is_named(tmp_path):
     (sharded(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"names shard 'model-00002-of-00002\.safetensors', which is not there"
-    ):
+    with pytest.raises(CheckpointError, match=r"names shard 'model-00002-of-00002\.safetensors', which is not there"):
         SafetensorsDirectory(tmp_path)
 
 
@@ -82,9 +78,7 @@ def test_tensor_in_two_shards(tmp_path):
         SafetensorsDirectory(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "x", "a": "y"}}', "{"]
-)
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "x", "a": "y"}}', "{"])
 def test_broken_index(tmp_path, index):
     (sharded(tmp_path) / INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
@@ -116,9 +110,7 @@ def test_several_files_need_an_index(tmp_path):
 def test_integer_tensors_are_refused_when_read(tmp_path):
     save_file({"codes": np.ones(3, np.int32)}, single(tmp_path) / "model.safetensors")
     source = SafetensorsDirectory(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"model\.safetensors: tensor 'codes' is I32, not a float weight"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor 'codes' is I32, not a float weight"):
         source.tensor("codes")
 
 
