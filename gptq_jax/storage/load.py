@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from gptq_jax.models.base import Architecture, Model
 from gptq_jax.models.registry import architecture_from_config
@@ -25,7 +26,7 @@ COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load(path_or_id: str | PathLike[str], *, dtype: str = "float32") -> Model:
+def load(path_or_id: str | PathLike[str], *, dtype: DTypeLike = "float32") -> Model:
     """Load a model.
 
     Args:
@@ -37,7 +38,7 @@ def load(path_or_id: str | PathLike[str], *, dtype: str = "float32") -> Model:
         CheckpointError: it is damaged or does not fit its config.
         ValueError: its architecture or `dtype` is not supported.
     """
-    _check_dtype(dtype)
+    dtype = _dtype_name(dtype)
     if is_store(Path(path_or_id)):
         return load_store(path_or_id)
     source = open_source(path_or_id)
@@ -71,7 +72,7 @@ def open_source(path_or_id: str | PathLike[str]) -> TensorSource:
     raise FileNotFoundError(f"{path_or_id} does not exist: give {ACCEPTED}.")
 
 
-def read_params(source: TensorSource, architecture: Architecture, dtype: str = "float32") -> Any:
+def read_params(source: TensorSource, architecture: Architecture, dtype: DTypeLike = "float32") -> Any:
     """Read a model's parameters, one tensor at a time.
 
     Args:
@@ -85,7 +86,7 @@ def read_params(source: TensorSource, architecture: Architecture, dtype: str = "
     Raises:
         CheckpointError: tensors are missing, of the wrong shape, left over, or not finite.
     """
-    _check_dtype(dtype)
+    dtype = _dtype_name(dtype)
     if "quantization_config" in source.config:
         method = (source.config["quantization_config"] or {}).get("quant_method", "an unnamed method")
         raise CheckpointError(
@@ -101,9 +102,14 @@ def read_params(source: TensorSource, architecture: Architecture, dtype: str = "
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in PARAM_DTYPES:
+def _dtype_name(dtype: DTypeLike) -> str:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in PARAM_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported: use {' or '.join(PARAM_DTYPES)}.")
+    return name
 
 
 def _key(entry: Any) -> str | int:
