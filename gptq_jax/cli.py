@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -159,7 +160,6 @@ def quantize(
         **report.settings,
         "method": method,
         "model": model,
-        **options,
         "calibration": calibration,
         "samples": samples,
         "length": length,
@@ -230,23 +230,14 @@ def generate(
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Generate text, shown as it comes."""
-    from gptq_jax.generate import stream
+    from gptq_jax.generate import Sampling, stream
     from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape
 
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with console.status(f"loading {escape(model)}"):
         loaded = load(model, dtype=str(dtype))
-    pieces = stream(
-        loaded,
-        prompt,
-        chat=chat,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
-    for piece in pieces:
+    for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -347,6 +338,8 @@ def _main(
 
 def main() -> None:
     """Entry point of the `gptq-jax` command."""
+    # As Ctrl-C, so that what is half-written is taken away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 

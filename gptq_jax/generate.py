@@ -91,17 +91,10 @@ def generate(
         ValueError: an argument is out of range, the prompt is empty, prompt and new tokens together exceed
             the model's context, or the model has no tokenizer (or no chat template).
     """
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     pieces = []
     for piece in stream(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        chat=chat,
-        stop_tokens=stop_tokens,
+        model, prompt, max_new_tokens=max_new_tokens, sampling=sampling, chat=chat, stop_tokens=stop_tokens
     ):
         pieces.append(piece)
         if on_text is not None:
@@ -114,10 +107,7 @@ def stream(
     prompt: str | Any,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = GREEDY,
     chat: bool = False,
     stop_tokens: Iterable[int] | None = None,
 ) -> Iterator[str]:
@@ -125,7 +115,6 @@ def stream(
 
     Arguments and errors are those of `generate`, and errors are raised at once, not at the first piece.
     """
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer: use generate_tokens, or give it one.")
     prompt_tokens = _prompt_tokens(model.tokenizer, prompt, chat)

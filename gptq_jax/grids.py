@@ -60,14 +60,17 @@ def clipped(
         norm: the power of the error.
     """
     full = minmax(group, spec)
+    least_step, most_step = -full.zero, spec.max_code - full.zero
 
     def attempt(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         least, scale = best
         shrunk = _representable(full.scale * (1.0 - step.astype(jnp.float32) / _STEPS), spec)
-        grid = Grid(shrunk[None], full.zero[None])
-        error = jnp.abs(group - dequantize(quantize(group, grid, spec), grid))
-        error = error * error if norm == 2 else error**norm
-        loss = jnp.sum(importance[:, None] * error, axis=0)
+        # In units of the scale: fewest operations on each weight, and no underflow of small weights.
+        steps = group * (1.0 / shrunk)[None]
+        error = steps - jnp.clip(jnp.round(steps), least_step[None], most_step[None])
+        error = error * error if norm == 2 else jnp.exp(norm * jnp.log(jnp.abs(error)))
+        # A product, because on a CPU the sum would take the errors it sums one by one, not as vectors.
+        loss = jnp.matmul(importance[None], error, precision="highest")[0] * (shrunk / full.scale) ** norm
         return jnp.minimum(loss, least), jnp.where(loss < least, shrunk, scale)
 
     worst = jnp.full_like(full.scale, jnp.inf)

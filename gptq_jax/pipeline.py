@@ -89,7 +89,7 @@ def quantize(
         layers=tuple(layers),
         kept_float=_kept_float(model, specs),
         seconds=dict(clock.seconds),
-        settings={"method": method.name, "true_sequential": true_sequential},
+        settings={"method": method.name, **dict(method.settings), "true_sequential": true_sequential},
         peak_bytes=peak_memory(),
     )
     return replace(model, params={**model.params, "layers": blocks}, report=report.to_json()), report

@@ -40,6 +40,7 @@ class Method(NamedTuple):
         solve: (weight [d_in, d_out], Stats, QuantSpec) -> QuantizedTensor or Solution; jitted by the caller,
             the spec being static. Layers with the same input are solved as one, their outputs concatenated.
         hessian: reads sum x x^T from Stats where the method keeps it, so that the report need not add it up again.
+        settings: what it was made with, by name, for the report.
     """
 
     init: Callable[[int, int], Stats]
@@ -47,6 +48,7 @@ class Method(NamedTuple):
     solve: Callable[[Array, Stats, QuantSpec], QuantizedTensor | Solution]
     hessian: Callable[[Stats], Array] | None = None
     name: str = "custom"
+    settings: tuple[tuple[str, Any], ...] = ()  # pairs, so that a method stays hashable
 
 
 def assemble(

@@ -9,7 +9,7 @@ blocks contribute to a block is one matrix product.
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple, TypeVar
 
@@ -30,7 +30,7 @@ ORDERS = ("natural", "activation", "group")
 
 State = TypeVar("State")
 
-_BLOCK = 128  # rows rounded one by one between two matrix products
+_BLOCK = 32  # rows rounded one by one between two matrix products
 _CHUNK = 512  # rows of a super-block, whose sizes are static; at least: there are at most _CHUNKS
 _CHUNKS = 8  # of them, so that compile time does not grow with d_in
 
@@ -79,7 +79,8 @@ def gptq(*, order: str = "activation", static_groups: bool = True, grid: str = "
     def solve(weight: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"], spec: QuantSpec) -> Solution:
         return solve_layer(weight, hessian, spec, options)
 
-    return Method(init, update, solve, hessian=lambda hessian: hessian, name="gptq")
+    settings = tuple(asdict(options).items())
+    return Method(init, update, solve, hessian=lambda hessian: hessian, name="gptq", settings=settings)
 
 
 def gptq_solve(
@@ -162,11 +163,11 @@ def solve_layer(
 
     order = input_order(jnp.diagonal(hessian), options.order, group_rows)
     back = jnp.argsort(order)
+    rows = grouped.reshape(-1, d_out)
     if options.order != "natural":
-        hessian = hessian[order[:, None], order[None]]
+        rows, hessian = rows[order], hessian[order[:, None], order[None]]
     factor = factorize(hessian, options.damping, mean_diagonal)
     pivots = jnp.square(jnp.diagonal(factor.upper))
-    rows = grouped.reshape(-1, d_out)[order]
 
     # A column that is one group has the same grid either way: nothing comes before its first row.
     if options.static_groups or groups == 1:
@@ -180,7 +181,8 @@ def solve_layer(
         turn = order[::group_rows] // group_rows if options.order == "group" else jnp.arange(groups)
         codes, grid = _sweep_dynamic(rows, factor.upper, turn, options.grid, spec, group_rows)
         group_of_row = (back // group_rows)[:d_in] if options.order == "activation" else None
-    tensor = assemble(codes[back][:d_in], grid, spec, group_of_row)
+    codes = codes if options.order == "natural" else codes[back]
+    tensor = assemble(codes[:d_in], grid, spec, group_of_row)
     return Solution(tensor, {"damping": factor.damping, "fell_back": ~factor.succeeded})
 
 

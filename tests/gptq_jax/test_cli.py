@@ -329,7 +329,8 @@ def factory():
 """
 
 
-def test_an_interrupt_leaves_no_output(tmp_path, hf_model, text):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_output(tmp_path, hf_model, text, sent):
     (tmp_path / "waiting.py").write_text(WAITING)
     process = start(
         *("quantize", hf_model, "--out", "out", "--calibration", text, *QUICK, "--method", "waiting:factory"),
@@ -340,7 +341,7 @@ def test_an_interrupt_leaves_no_output(tmp_path, hf_model, text):
             break
         time.sleep(0.1)
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.rstrip().split("\n")[-1] == "interrupted: nothing half-written is left."

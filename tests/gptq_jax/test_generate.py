@@ -184,9 +184,14 @@ def test_chat_fills_in_the_template():
         ([1, 2], {"chat": True}, "chat=True needs the prompt as text"),
     ],
 )
-def test_bad_arguments_are_refused_at_once(text, options, message):
+def test_bad_arguments_are_refused(text, options, message):
     with pytest.raises(ValueError, match=message):
-        stream(TEXT_MODEL, text, **options)
+        generate(TEXT_MODEL, text, **options)
+
+
+def test_streaming_refuses_at_once_not_at_the_first_piece():
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        stream(TEXT_MODEL, "hi", max_new_tokens=0)
 
 
 def test_what_a_model_lacks_is_said():

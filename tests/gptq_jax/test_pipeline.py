@@ -131,7 +131,8 @@ def test_report(model, quantized):
     assert all(0 < layer.loss < layer.rtn_loss for layer in report.layers)
     assert {layer.damping for layer in report.layers} == {0.01}
     assert set(report.kept_float) == {"embed", "head"}
-    assert report.settings == {"method": "gptq", "true_sequential": True}
+    asked = {"order": "activation", "static_groups": True, "grid": "minmax", "damping": 0.01}
+    assert report.settings == {"method": "gptq", **asked, "true_sequential": True}
     assert set(report.seconds) == {"forward", "hessian", "solve", "measure"}
     arrays = [kernel(block, path) for block in packed.params["layers"] for path in PATHS]
     assert report.bits_per_weight == pytest.approx(
