@@ -132,7 +132,7 @@ def candidates(problem: Problem) -> list[Tiling]:
             for tile_k in (128, 256):
                 for stages in (2, 3, 4):
                     found.append(Tiling(regime="middle", tile_m=tile_m, tile_k=tile_k, stages=stages, warpgroups=2))
-    if MIDDLE_TOKENS // 4 < tokens:
+    if tokens > MIDDLE_TOKENS // 4:
         found.append(Tiling(regime="prefill", tile_m=128, tile_n=128))
     return [tiling for tiling in dict.fromkeys(found) if tiling.fits(problem)]
 
