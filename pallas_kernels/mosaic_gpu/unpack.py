@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32, Integer
 
 from pallas_kernels.mosaic_gpu import compat
-from pallas_kernels.mosaic_gpu.layout import PLANES, STEPS, TILE_K, TILE_N, WORDS, bit_positions, place
+from pallas_kernels.mosaic_gpu.layout import PLANES, STEPS, TILE_K, TILE_N, WORDS, place
 
 _MANTISSA = {"bfloat16": 7, "float16": 10}
 
@@ -50,10 +50,18 @@ def unpack_tile(
         columns: 16, 32, 64 or 128.
         layout: `plgpu.Layout.WGMMA` or `plgpu.Layout.MMA_LHS(dtype)`.
     """
+    pieces = range(TILE_K // columns)
+    return tuple(unpack_piece(words, k, bits=bits, dtype=dtype, columns=columns, layout=layout) for k in pieces)
+
+
+def unpack_piece(
+    words: tuple[Int32[Array, "_ 256"], ...], piece: int, *, bits: int, dtype: Any, columns: int, layout: Any
+) -> Float[Array, "64 _"]:
+    """One of the arrays of `unpack_tile`, for kernels that unpack one while another is being multiplied."""
     if compat.interpreting():
-        codes = read_tile(words, bits).astype(jnp.float32) - 2.0 ** (bits - 1)
-        return tuple(codes[:, k : k + columns].astype(dtype) for k in range(0, TILE_K, columns))
-    return _inline_unpack(bits, jnp.dtype(dtype), columns, layout)(*words)
+        codes = read_tile(words, bits)[:, piece * columns : (piece + 1) * columns]
+        return (codes.astype(jnp.float32) - 2.0 ** (bits - 1)).astype(dtype)
+    return _inline_unpack(bits, jnp.dtype(dtype), piece, columns, layout)(*words)
 
 
 def read_tile(words: tuple[Int32[Array, "_ 256"], ...], bits: int) -> Int32[Array, "64 128"]:
@@ -62,8 +70,14 @@ def read_tile(words: tuple[Int32[Array, "_ 256"], ...], bits: int) -> Int32[Arra
     for plane, plane_bits in zip(words, PLANES[bits], strict=True):
         run = min(4, 2 * plane_bits)
         of_thread = plane.reshape(-1, 4, 8, 4, run).transpose(1, 2, 3, 0, 4)  # warp, octet, quad; word
-        positions = jnp.asarray(bit_positions(plane_bits).reshape(1, 1, 1, 2 * plane_bits, -1), jnp.int32)
-        shifted = jax.lax.shift_right_logical(*jnp.broadcast_arrays(of_thread.reshape(4, 8, 4, -1, 1), positions))
+        per_word = 32 // plane_bits
+        code = jax.lax.broadcasted_iota(jnp.int32, (4, 8, 4, 2 * plane_bits, per_word), 4)  # constants are no use here
+        slot = code // 2
+        if plane_bits == 1:
+            slot = 2 * (slot % 8) + slot // 8
+        shifted = jax.lax.shift_right_logical(
+            jnp.broadcast_to(of_thread.reshape(4, 8, 4, -1, 1), code.shape), plane_bits * slot + 16 * (code % 2)
+        )
         fields = (shifted & (2**plane_bits - 1)).reshape(4, 8, 4, STEPS, 2, 2, 2)  # ..., step, j, i, h
         codes |= fields.transpose(0, 5, 1, 3, 4, 2, 6).reshape(TILE_N, TILE_K) << low
         low += plane_bits
@@ -92,7 +106,7 @@ def _words_layout(plane_bits: int) -> Any:
     return plgpu.Layout.WG_STRIDED((plane_bits, WORDS), vec_size=min(4, 2 * plane_bits))
 
 
-def _inline_unpack(bits: int, dtype: jnp.dtype, columns: int, layout: Any) -> Callable[..., Any]:
+def _inline_unpack(bits: int, dtype: jnp.dtype, piece: int, columns: int, layout: Any) -> Callable[..., Any]:
     from jax.experimental.mosaic import gpu as mgpu
     from jax.experimental.pallas import mosaic_gpu as plgpu
     from jaxlib.mlir import ir
@@ -102,7 +116,7 @@ def _inline_unpack(bits: int, dtype: jnp.dtype, columns: int, layout: Any) -> Ca
 
     @plgpu.inline_mgpu(
         arg_types=tuple(_words_layout(plane_bits) for plane_bits in PLANES[bits]),
-        return_type=(plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),) * (TILE_K // columns),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout),
     )
     def unpack(_: Any, *planes: Any) -> Any:
         words = [
@@ -114,22 +128,14 @@ def _inline_unpack(bits: int, dtype: jnp.dtype, columns: int, layout: Any) -> Ca
             for plane in planes
         ]
         pair = pair_maker(words, bits, dtype, _machine(dtype))
-        fragment_layout = layout.to_mgpu()
-        row, column = np.divmod(register_positions(fragment_layout, shape), columns)
-        arrays = []
-        for first_step in range(0, STEPS, columns // 16):
-            registers = np.empty(len(row), dtype=object)
-            registers[:] = [
-                pair(first_step + k // 16, n // 8 + 2 * (k % 16 // 8)) for n, k in zip(row, column, strict=True)
-            ]
-            arrays.append(
-                mgpu.FragmentedArray(
-                    _registers=registers.reshape(fragment_layout.registers_shape(shape)),
-                    _layout=fragment_layout,
-                    _is_signed=None,
-                )
-            )
-        return tuple(arrays)
+        fragments = layout.to_mgpu()
+        rows, inputs = np.divmod(register_positions(fragments, shape), columns)
+        inputs += piece * columns
+        registers = np.empty(len(rows), dtype=object)
+        registers[:] = [pair(k // 16, n // 8 + 2 * (k % 16 // 8)) for n, k in zip(rows, inputs, strict=True)]
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(fragments.registers_shape(shape)), _layout=fragments, _is_signed=None
+        )
 
     return unpack
 
@@ -193,8 +199,10 @@ def pair_maker(words: list[list[Any]], bits: int, dtype: Any, run: Instructions)
 
 def _machine(dtype: jnp.dtype) -> Instructions:
     from jaxlib.mlir import ir
-    from jaxlib.mlir.dialects import arith, llvm
+    from jaxlib.mlir.dialects import arith as typed_arith
+    from jaxlib.mlir.dialects import llvm
 
+    arith: Any = typed_arith  # its stubs know less than it takes
     i32 = ir.IntegerType.get_signless(32)
     element = ir.BF16Type.get() if dtype.name == "bfloat16" else ir.F16Type.get()
     floats = ir.VectorType.get((2,), element)
