@@ -189,7 +189,6 @@ def eval_(
     """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
-    from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape
 
     source = text or dataset
@@ -197,8 +196,8 @@ def eval_(
         raise ValueError("give either --text FILE or --dataset NAME.")
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype))
-        other = load(against, dtype=str(dtype)) if against else None
+        loaded = _runnable(model, dtype)
+        other = _runnable(against, dtype) if against else None
     length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
@@ -231,11 +230,10 @@ def generate(
 ) -> None:
     """Generate text, shown as it comes."""
     from gptq_jax.generate import stream
-    from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape
 
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype))
+        loaded = _runnable(model, dtype)
     pieces = stream(
         loaded,
         prompt,
@@ -309,6 +307,16 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
     if not isinstance(method, Method):
         raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
     return method
+
+
+def _runnable(model: str, dtype: Dtype) -> Any:
+    """The model, its packed weights as they run here."""
+    from gptq_jax.models.prepared import prepare
+    from gptq_jax.pipeline import is_quantized
+    from gptq_jax.storage.load import load
+
+    loaded = load(model, dtype=str(dtype))
+    return prepare(loaded) if is_quantized(loaded) else loaded
 
 
 def _window(length: int | None, context: int) -> int:

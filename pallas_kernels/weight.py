@@ -122,8 +122,8 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
         raise ValueError("weights is empty: pass at least one.")
     first = weights[0]
     for index, weight in enumerate(weights[1:], start=1):
-        if difference := _difference(first, weight):
-            raise ValueError(f"weights[{index}] differs from weights[0] in {difference}: leave it apart.")
+        if found := difference(first, weight):
+            raise ValueError(f"weights[{index}] differs from weights[0] in {found}: leave it apart.")
 
     def side_by_side(name: str) -> Array:
         return jnp.concatenate([getattr(weight, name) for weight in weights], axis=-1)
@@ -132,7 +132,8 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     return replace(first, codes=side_by_side("codes"), scales=side_by_side("scales"), zeros=zeros)
 
 
-def _difference(one: PackedWeight, other: PackedWeight) -> str | None:
+def difference(one: PackedWeight, other: PackedWeight) -> str | None:
+    """Why two weights cannot be concatenated; None where they can. The order of inputs must be known, not traced."""
     for name in ("d_in", "bits", "group_rows"):
         if getattr(one, name) != getattr(other, name):
             return f"{name}={getattr(other, name)} (not {getattr(one, name)})"
