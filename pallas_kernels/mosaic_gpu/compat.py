@@ -26,11 +26,16 @@ def limit(problem: Problem, capabilities: tuple[int, ...]) -> str | None:
         return None
     if problem.platform != "gpu":
         return f"platform {problem.platform!r} is no GPU."
-    device = jax.local_devices(backend="gpu")[0]
-    found = str(getattr(device, "compute_capability", "unknown"))
-    if found.split(".")[0] not in map(str, capabilities):
-        return f"{device.device_kind} has compute capability {found}: it needs {' or '.join(map(str, capabilities))}.x."
+    majors = " or ".join(f"{major}.x" for major in capabilities)
+    if problem.capability is not None and problem.capability.split(".")[0] not in map(str, capabilities):
+        return f"the GPU has compute capability {problem.capability}: it needs {majors}."
     return None
+
+
+def device_kind() -> str:
+    """The name of the GPU, by which tables of tilings are kept; "unknown" where none is at hand."""
+    devices = [] if jax.default_backend() != "gpu" else jax.local_devices(backend="gpu")
+    return devices[0].device_kind if devices else "unknown"
 
 
 def interpreting() -> bool:

@@ -68,16 +68,14 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
 
     def kernel(x_gmem: Any, *refs: Any, out_smem: Any, staged: Any = None) -> None:
         *weight_gmem, out_gmem = refs
-        planes_gmem, grid_gmem = weight_gmem[:plane_count], weight_gmem[plane_count:]
+        grid_gmem = weight_gmem[plane_count:]
         n, m, part = jax.lax.axis_index("n"), jax.lax.axis_index("m"), jax.lax.axis_index("part")
         outputs, tokens = pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)
-        first, count = part * steps // parts, steps // parts
-        if steps % parts:
-            count = (part + 1) * steps // parts - first
+        first = part * steps // parts
+        count: Any = (part + 1) * steps // parts - first if steps % parts else steps // parts  # static if it can be
 
         def body(_: Any, x_smem: Any, *refs: Any) -> Any:
-            *refs, total = refs
-            planes, grid = refs[:plane_count], refs[plane_count:]
+            planes, grid, total = refs[:plane_count], refs[plane_count:-1], refs[-1]
             words = [load_tile(planes, tile, bits) for tile in range(tile_k // TILE_K)]
 
             def fragment(index: int) -> Any:
