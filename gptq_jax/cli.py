@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gptq_jax.bench import cli as bench
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not used
 
 app = typer.Typer(
@@ -21,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize Flax language models with GPTQ, check them, store them and run them.",
 )
+
+bench_app = typer.Typer(name="bench", no_args_is_help=True, help="Measure kernels and whole models on this device.")
+app.add_typer(bench_app)
 
 # What users' input can raise; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, ImportError)
@@ -56,7 +61,7 @@ class GridName(StrEnum):
 DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], app: typer.Typer = app) -> Callable[..., None]:
     """Register a command whose expected errors are one sentence on stderr and exit code 2."""
 
     @functools.wraps(function)
@@ -281,6 +286,10 @@ def demo(
     result = run_demo(out, samples=samples, overwrite=overwrite)
     if as_json:
         print(json.dumps(result, indent=1))
+
+
+for function in (bench.kernels, bench.decode):
+    command(function, bench_app)
 
 
 def make_method(name: str, options: dict[str, Any]) -> Any:

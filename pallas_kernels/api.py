@@ -138,9 +138,7 @@ def quantized_matmul(
     """
     _check_x(x, weight)
     if bias is not None and bias.shape != (weight.d_out,):
-        raise ValueError(
-            f"bias has shape {bias.shape}: pass ({weight.d_out},), one for each output."
-        )
+        raise ValueError(f"bias has shape {bias.shape}: pass ({weight.d_out},), one for each output.")
     rows = x.reshape(-1, weight.d_in)
     problem = _describe_call(weight, rows.shape[0], x.dtype)
     if isinstance(weight, PackedWeight) and problem.experts is not None:

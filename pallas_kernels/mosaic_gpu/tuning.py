@@ -209,8 +209,8 @@ def _table(path: Path) -> tuple[tuple[dict[str, Any], Tiling], ...]:
 def _distance(entry: dict[str, Any], problem: Problem) -> float | None:
     """Octaves between the shapes; None where they are too far apart, or the grid or the tokens differ."""
     key = _key(problem)
-    column = entry["group_rows"] == entry["d_in"] and problem.group_rows == problem.d_in
-    same_groups = column or entry["group_rows"] == problem.group_rows
+    columns = entry["group_rows"] == entry["d_in"], problem.group_rows == problem.d_in
+    same_groups = all(columns) or (not any(columns) and entry["group_rows"] == problem.group_rows)
     if entry["bits"] != key["bits"] or entry["tokens"] != key["tokens"] or not same_groups:
         return None
     octaves = [abs(math.log2(entry[name] / key[name])) for name in ("d_in", "d_out")]
