@@ -10,7 +10,6 @@ zero and the product of each group is scaled in float32, so that no scale is rou
 Beyond `MIDDLE_TOKENS` tokens the weight is made float once and the vendor's product taken.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from pallas_kernels.mosaic_gpu.layout import (
     round_up,
     shuffle,
 )
+from pallas_kernels.mosaic_gpu.operands import group_sums, in_row_order, swizzled
 from pallas_kernels.mosaic_gpu.tuning import MIDDLE_TOKENS, Tiling
 from pallas_kernels.mosaic_gpu.unpack import load_tile, unpack_tile
 from pallas_kernels.weight import PackedWeight, Problem
@@ -73,9 +73,7 @@ def choose(tokens: int, weight: ShuffledWeight) -> Tiling:
     return Tiling(tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, stages=min(4, steps // split_k), split_k=split_k)
 
 
-def matmul(
-    x: Float[Array, "tokens d_in"], weight: ShuffledWeight, tiling: Tiling
-) -> Float[Array, "tokens d_out"]:
+def matmul(x: Float[Array, "tokens d_in"], weight: ShuffledWeight, tiling: Tiling) -> Float[Array, "tokens d_out"]:
     """`x @ weight` by the kernel.
 
     Args:
@@ -84,16 +82,15 @@ def matmul(
         tiling: `tile_n` a multiple of 64, `tile_k` of 128.
     """
     tokens = x.shape[0]
-    rows = x if weight.permutation is None else x[:, weight.permutation]
-    rows = jnp.pad(rows, ((0, round_up(tokens, tiling.tile_m) - tokens), (0, weight.k_padded - weight.d_in)))
+    padding = (0, round_up(tokens, tiling.tile_m) - tokens), (0, weight.k_padded - weight.d_in)
+    rows = jnp.pad(in_row_order(x, weight), padding)
     out = jnp.sum(_parts(rows, weight, tiling), axis=0)
     scales = weight.scales.astype(jnp.float32)
     if _one_scale(weight):
         out = out * scales.T
     if weight.zeros is not None:
-        groups = rows.reshape(rows.shape[0], -1, weight.group_rows)
-        sums = jnp.sum(groups, axis=2, dtype=jnp.float32)
-        out = out - jnp.matmul((scales * weight.zeros).T, sums.T, precision="highest")
+        sums = group_sums(rows, weight, rows.shape[0])
+        out = out - jnp.matmul((scales * weight.zeros).T, sums, precision="highest")
     return out.T[:tokens, : weight.d_out].astype(x.dtype)
 
 
@@ -116,7 +113,8 @@ def _parts(
     def kernel(x_gmem: Any, scales_gmem: Any, *refs: Any) -> None:
         *planes_gmem, out_gmem = refs
         m, part = jax.lax.axis_index("m"), jax.lax.axis_index("part")
-        first, count = part * steps // split_k, steps // split_k
+        first = part * steps // split_k
+        count: Any = steps // split_k
         if steps % split_k:
             count = (part + 1) * steps // split_k - first
         # A block that reaches beyond the outputs computes the last tile again, and stores the same again.
@@ -171,8 +169,7 @@ def _parts(
         def zero() -> Any:
             return plgpu.layout_cast(jnp.zeros((TILE_N, tile_m), jnp.float32), accumulator)
 
-        swizzled = min(columns, 64)
-        transforms = plgpu.TilingTransform((8, swizzled)), plgpu.SwizzleTransform(2 * swizzled)
+        transforms = swizzled(min(columns, tile_m * tile_k // 32), dtype)  # each of four warps copies whole tiles
         x_spec = plgpu.BlockSpec((tile_m, tile_k), lambda i: (m, first + i), transforms=transforms)
         plane_specs = [
             plgpu.BlockSpec((tiles * plane_bits, WORDS), lambda i, n=n: (n * steps + first + i, 0))

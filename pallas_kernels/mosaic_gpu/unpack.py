@@ -132,7 +132,9 @@ def _inline_unpack(bits: int, dtype: jnp.dtype, piece: int, columns: int, layout
         rows, inputs = np.divmod(register_positions(fragments, shape), columns)
         inputs += piece * columns
         registers = np.empty(len(rows), dtype=object)
-        registers[:] = [pair(k // 16, n // 8 + 2 * (k % 16 // 8)) for n, k in zip(rows, inputs, strict=True)]
+        registers[:] = [
+            pair(k // 16, n // 8 + 2 * (k % 16 // 8)) for n, k in zip(rows.tolist(), inputs.tolist(), strict=True)
+        ]
         return mgpu.FragmentedArray(
             _registers=registers.reshape(fragments.registers_shape(shape)), _layout=fragments, _is_signed=None
         )
