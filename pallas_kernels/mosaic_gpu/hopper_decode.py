@@ -59,12 +59,10 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
     def wide(values: Any, axis: int) -> Any:
         return jax.lax.broadcast_in_dim(values.astype(jnp.float32), (TILE_N, tile_m), [axis])
 
-    def scaled(product: Any, grid: Any, group: Any, rows: tuple[Any, ...], tokens: tuple[Any, ...]) -> Any:
-        scales, *zeros_and_sums = grid
-        if zeros_and_sums:
-            zeros, sums = zeros_and_sums
-            product = product - wide(row_vector(zeros, group, *rows), 0) * wide(token_vector(sums, group, *tokens), 1)
-        return product * wide(row_vector(scales, group, *rows), 0)
+    def scaled(product: Any, scales: Any, zeros: Any = None, sums: Any = None) -> Any:
+        if zeros is not None:
+            product = product - wide(zeros, 0) * wide(sums, 1)
+        return product * wide(scales, 0)
 
     def kernel(x_gmem: Any, *refs: Any, out_smem: Any, staged: Any = None) -> None:
         *weight_gmem, out_gmem = refs
@@ -101,7 +99,11 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
                     return product[...], upcoming
 
                 product, upcoming = pl.run_scoped(multiply, plgpu.ACC((TILE_N, tile_m), jnp.float32))
-                total += product if one_scale else scaled(product, grid, group, (), ())
+                if one_scale:
+                    total += product
+                else:
+                    sums = [token_vector(ref, group) for ref in grid[2:]]
+                    total += scaled(product, *(row_vector(ref, group) for ref in grid[:2]), *sums)
             return total
 
         def planes_at(k: Any) -> Any:
@@ -122,7 +124,9 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
             init_carry=plgpu.layout_cast(jnp.zeros((TILE_N, tile_m), jnp.float32), plgpu.Layout.WGMMA),
         )(x_gmem, *weight_gmem[: len(specs) - 1])
         if one_scale:
-            total = scaled(total, grid_gmem, 0, (outputs,), (tokens,))
+            # The sums are of all parts.
+            sums = [token_vector(ref, 0, tokens) * (part == 0).astype(jnp.float32) for ref in grid_gmem[2:]]
+            total = scaled(total, *(row_vector(ref, 0, outputs) for ref in grid_gmem[:2]), *sums)
         if parts > 1:
             out_smem[...] = total
             window = out_gmem.at[part, outputs, tokens]

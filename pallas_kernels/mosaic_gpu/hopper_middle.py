@@ -97,7 +97,8 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
         def finished(total: Any) -> Any:
             if not one_scale:
                 return total
-            outputs = pl.ds(n * TILE_N, TILE_N)
+            # Plain loads, unlike copies, must not go beyond the outputs; what is beyond is not stored either.
+            outputs = pl.ds(jnp.minimum(n, weight.n_padded // TILE_N - 1) * TILE_N, TILE_N)
             scales, *zeros_and_sums = grid_gmem
             if zeros_and_sums:
                 zeros, sums = zeros_and_sums
@@ -106,6 +107,7 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
                 )
                 of_rows = row_vector(zeros, 0, outputs)
                 wide = jax.lax.broadcast_in_dim
+                of_tokens *= (part == 0).astype(jnp.float32)  # the sums are of all parts
                 total = total - wide(of_rows, total.shape, [0]) * wide(of_tokens, total.shape, [1])
             scales = row_vector(scales, 0, outputs).astype(jnp.float32)
             return total * jax.lax.broadcast_in_dim(scales, total.shape, [0])
