@@ -1,7 +1,6 @@
 """x @ packed weight by the first implementation that takes it."""
 
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -56,13 +55,8 @@ def _kernel(module: str) -> Implementation:
 
 # In the order in which they are tried; the reference, last, declines nothing.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    **{
-        f"mosaic_{module}": _kernel(module)
-        for module in ("hopper", "ampere")
-        if all(
-            map(importlib.util.find_spec, (f"pallas_kernels.mosaic_gpu.{module}", "pallas_kernels.mosaic_gpu.prefill"))
-        )
-    },
+    "mosaic_hopper": _kernel("hopper"),
+    "mosaic_ampere": _kernel("ampere"),
     "xla_tiled": Implementation(xla_tiled.check, xla_tiled.matmul, grouped=grouped.by_blocks, fallback=True),
     "reference": Implementation(reference.check, reference.matmul, grouped=grouped.by_ragged_dot, fallback=True),
 }

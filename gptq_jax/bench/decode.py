@@ -163,16 +163,15 @@ def _seconds_a_step(model: Model, batch: int, steps: int, repeats: int) -> float
 def _decode(
     config: DecoderConfig, steps: int, params: Params, tokens: Int32[Array, "batch 1"], caches: list[Any]
 ) -> tuple[Int32[Array, "batch 1"], list[Any]]:
-    reads = head_params(config, params)
-
     def step(index: Int32[Array, ""], state: tuple[Array, list[Any]]) -> tuple[Array, list[Any]]:
-        tokens, caches = state
+        # Else XLA could unpack the weights once, before the loop.
+        (tokens, caches), own = jax.lax.optimization_barrier((state, params))
         positions = (CONTEXT + index).astype(jnp.int32)[None, None]
-        x, after = embed(config, params, tokens), []
-        for block, cache in zip(params["layers"], caches, strict=True):
+        x, after = embed(config, own, tokens), []
+        for block, cache in zip(own["layers"], caches, strict=True):
             x, cache = run_block(config, "decoder", block, x, positions, cache)
             after.append(cache)
-        logits = apply_head(config, reads, x)
+        logits = apply_head(config, head_params(config, own), x)
         return jnp.argmax(logits[:, -1:], axis=-1).astype(jnp.int32), after
 
     return jax.lax.fori_loop(0, steps, step, (tokens, caches))

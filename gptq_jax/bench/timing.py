@@ -81,6 +81,7 @@ def _chain(product: Product, rounds: int, x: Array, weights: list[Any]) -> Array
 
     def turn(_: Any, x: Array) -> Array:
         for weight in weights:
+            x, weight = jax.lax.optimization_barrier((x, weight))  # else XLA could unpack it once, before the loop
             y = jax.lax.optimization_barrier(product(x, weight))  # else XLA could take just the element below
             x = x.at[0, 0].add((y[0, 0] * 0).astype(x.dtype))  # + 0, which XLA cannot know
         return x

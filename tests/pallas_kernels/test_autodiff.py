@@ -1,5 +1,7 @@
 """A kernel that JAX can neither differentiate nor batch: numpy in a callback."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,3 +130,31 @@ def test_forward_mode_of_the_xla_paths(implementation, tokens):
 
 def test_no_tokens(weight):
     assert quantized_matmul(jnp.ones((0, 48)), weight).shape == (0, 10)
+
+
+def _interpreted():
+    compat = pytest.importorskip("pallas_kernels.mosaic_gpu.compat")
+    with contextlib.ExitStack() as stack:
+        if jax.__version_info__[:3] < compat.OLDEST_JAX:
+            pytest.skip(f"Mosaic kernels are interpreted by jax {compat.OLDEST_JAX} and newer")
+        stack.enter_context(compat.interpret())
+        return stack.pop_all()
+
+
+@pytest.mark.parametrize("name", ["mosaic_hopper", "mosaic_ampere"])
+def test_real_kernels_through_the_dispatcher(name, monkeypatch):
+    """Product, bias, vmap and gradient of a shuffled weight, interpreted."""
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", IMPLEMENTATIONS)
+    case = packed_weights.make(160, 72, group_size=32, symmetric=False)
+    x = jnp.array(inputs(2, 3, 160)).astype(jnp.bfloat16)
+    out = inputs(2, 3, 72, seed=2)
+    x64 = np.asarray(x, np.float64)
+    with _interpreted():
+        weight = prepare(packed(case), name, jnp.bfloat16)
+        assert weight.implementation == name
+        y = quantized_matmul(x, weight, bias=jnp.ones(72))
+        mapped = jax.vmap(lambda x: quantized_matmul(x, weight))(x)
+        dx = jax.grad(lambda x: jnp.sum(out * quantized_matmul(x, weight).astype(jnp.float32)))(x)
+    for found, expected in ((y, x64 @ case.weight + 1), (mapped, x64 @ case.weight), (dx, out @ case.weight.T)):
+        error = np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected)
+        assert error < 6e-3

@@ -71,6 +71,14 @@ def test_the_loop_is_not_cut_down_by_the_compiler():
     np.testing.assert_array_equal(run(x, weights), x)
 
 
+def test_weights_are_not_unpacked_before_the_loop():
+    """Else a product in the loop would be one with a float weight, which a model's is not."""
+    weights = [kernels.random_weight(jax.random.key(n), 1024, 1024) for n in range(4)]
+    run = jax.jit(lambda x, weights: timing._chain(api.quantized_matmul, 100, x, weights))
+    temporary = run.lower(jnp.ones((1, 1024)), weights).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 4 * 1024 * 1024
+
+
 def test_weights_are_more_than_a_cache_holds(monkeypatch):
     monkeypatch.setattr(timing, "COLD_BYTES", 100)
     assert [timing.copies_for(nbytes) for nbytes in (1, 10, 99, 1000)] == [timing.MOST_COPIES, 10, 2, 2]
