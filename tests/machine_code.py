@@ -201,7 +201,8 @@ def parse(name: str, report: str, resources: str, disassembly: str) -> MachineCo
         spilled_bytes=sum(map(int, spilled.groups())),
         shared_bytes=int(shared[1]),
         instructions=tuple(instructions),
-        loops=tuple(loop for loop in loops if loop[0] < loop[1]),  # the trap at the end jumps to itself
+        # Beyond the exit are waits that jump back into the code, and a trap that jumps to itself.
+        loops=tuple((first, last) for first, last in loops if first < last and "EXIT" not in instructions[first:last]),
     )
 
 

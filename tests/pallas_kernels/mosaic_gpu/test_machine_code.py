@@ -77,12 +77,12 @@ def name(value: Any) -> str | None:
 
 @pytest.mark.parametrize(("card", "run", "case"), KERNELS, ids=name)
 def test_lowers(card: Card, run: Any, case: Case) -> None:
-    assert "mosaic_gpu" in machine_code.lower_for(card, run, *case.arguments())
+    assert "@mosaic_gpu" in machine_code.lower_for(card, run, *case.arguments())
 
 
 @pytest.mark.parametrize(("card", "run"), [(H100, hopper.run), (A100, ampere.run)], ids=name)
 def test_many_tokens_are_left_to_the_vendor(card: Card, run: Any) -> None:
-    assert "mosaic_gpu" not in machine_code.lower_for(card, run, *Case(2048).arguments())
+    assert "@mosaic_gpu" not in machine_code.lower_for(card, run, *Case(2048).arguments())
 
 
 @pytest.mark.parametrize(("card", "run", "case"), KERNELS, ids=name)
@@ -94,7 +94,7 @@ def test_compiles(card: Card, run: Any, case: Case) -> None:
     assert code.registers * BLOCK * warpgroups * case.blocks <= REGISTERS
 
 
-# A thread issues at most so many instructions a weight: at 5.1 (H100) or 6.3 (A100) they cost the time of reading it.
+# A thread issues at most so many instructions a weight: at 5.1 (H100) or 6.5 (A100) they cost the time of reading it.
 @pytest.mark.parametrize(
     ("card", "product", "tile_k", "limit"),
     [
@@ -107,7 +107,7 @@ def test_compiles(card: Card, run: Any, case: Case) -> None:
 )
 @pytest.mark.parametrize("tile_m", [8, 16])
 def test_instructions_a_weight(card: Card, product: Any, tile_k: int, limit: float, tile_m: int) -> None:
-    tiling = Tiling(tile_m=tile_m, tile_k=tile_k, stages=3, split_k=2)
+    tiling = Tiling(tile_m=tile_m, tile_k=tile_k, stages=4, split_k=2)
     x, weight = Case(tile_m).arguments()
     (code,) = machine_code.compile_for(card, partial(product, tiling=tiling), x, weight)
     assert code.spilled_bytes == 0
@@ -134,14 +134,31 @@ DISASSEMBLY = """
    -:-:-:Y:02        /*0060*/               @P2 BRA `(.L_x_0)
    -:-:-:Y:02        /*0070*/                   EXIT
 .L_x_2:
-   -:-:-:Y:02        /*0080*/                   BRA `(.L_x_2)
+   -:-:-:Y:02        /*0080*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R4
+   -:-:-:Y:02        /*0090*/              @!P0 BRA `(.L_x_2)
+   -:-:-:Y:02        /*00a0*/                   BRA `(.L_x_1)
+.L_x_3:
+   -:-:-:Y:02        /*00b0*/                   BRA `(.L_x_3)
 """
 
 
 def test_parse() -> None:
     code = machine_code.parse("f", REPORT, "Resources(smem_scratch_bytes=1024, tmem_scratch_cols=0)", DISASSEMBLY)
     assert (code.registers, code.spilled_bytes, code.shared_bytes) == (255, 48 + 36 + 40, 1024)
-    assert code.instructions == ("IMAD", "LDS", "LOP3", "HMMA", "BRA", "IADD3", "BRA", "EXIT", "BRA")
-    assert code.loops == ((2, 4), (1, 6))
+    assert code.instructions == (
+        "IMAD",
+        "LDS",
+        "LOP3",
+        "HMMA",
+        "BRA",
+        "IADD3",
+        "BRA",
+        "EXIT",
+        "SYNCS",
+        "BRA",
+        "BRA",
+        "BRA",
+    )
+    assert code.loops == ((2, 4), (1, 6), (8, 9))
     assert code.hottest_loop("HMMA") == {"LOP3": 1, "HMMA": 1, "BRA": 1}
     assert code.instructions_per_weight("HMMA", products_per_weight=2) == 3 * 2 / 8
