@@ -12,6 +12,7 @@ from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 
 # models and checkpoints
 from gptq_jax.models.base import Model
+from gptq_jax.models.prepared import prepare
 from gptq_jax.storage import CheckpointError, load, save
 
 # the whole job
@@ -40,6 +41,7 @@ __all__ = [
     "gptq_solve",
     "load",
     "perplexity",
+    "prepare",
     "quantize",
     "rtn",
     "save",

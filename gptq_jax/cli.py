@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gptq_jax.bench import cli as bench
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not used
 
 app = typer.Typer(
@@ -22,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize Flax language models with GPTQ, check them, store them and run them.",
 )
+
+bench_app = typer.Typer(name="bench", no_args_is_help=True, help="Measure kernels and whole models on this device.")
+app.add_typer(bench_app)
 
 # What users' input can raise; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, ImportError)
@@ -57,7 +62,7 @@ class GridName(StrEnum):
 DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(function: Callable[..., None], app: typer.Typer = app) -> Callable[..., None]:
     """Register a command whose expected errors are one sentence on stderr and exit code 2."""
 
     @functools.wraps(function)
@@ -189,7 +194,6 @@ def eval_(
     """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
-    from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape
 
     source = text or dataset
@@ -197,8 +201,8 @@ def eval_(
         raise ValueError("give either --text FILE or --dataset NAME.")
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype))
-        other = load(against, dtype=str(dtype)) if against else None
+        loaded = _runnable(model, dtype)
+        other = _runnable(against, dtype) if against else None
     length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
@@ -231,12 +235,11 @@ def generate(
 ) -> None:
     """Generate text, shown as it comes."""
     from gptq_jax.generate import Sampling, stream
-    from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype))
+        loaded = _runnable(model, dtype)
     for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -276,6 +279,10 @@ def demo(
         print(json.dumps(result, indent=1))
 
 
+for function in (bench.kernels, bench.decode):
+    command(function, bench_app)
+
+
 def make_method(name: str, options: dict[str, Any]) -> Any:
     """The method called `name` in METHODS, or that `module:factory` returns, called with `options`.
 
@@ -300,6 +307,16 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
     if not isinstance(method, Method):
         raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
     return method
+
+
+def _runnable(model: str, dtype: Dtype) -> Any:
+    """The model, its packed weights as they run here."""
+    from gptq_jax.models.prepared import prepare
+    from gptq_jax.pipeline import is_quantized
+    from gptq_jax.storage.load import load
+
+    loaded = load(model, dtype=str(dtype))
+    return prepare(loaded) if is_quantized(loaded) else loaded
 
 
 def _window(length: int | None, context: int) -> int:

@@ -14,19 +14,21 @@ def matmul(
     x: Shaped[Array, "*batch d_in"],
     weight: QuantizedTensor | api.PreparedWeight,
     implementation: str | None = None,
+    bias: Float[Array, "d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
-    """`x @ weight`, summed in float32, in the dtype of `x` (float32, bfloat16 or float16).
+    """`x @ weight + bias`, summed in float32, in the dtype of `x` (float32, bfloat16 or float16).
 
     Args:
         x: activations with any leading dimensions.
         weight: one weight, as it is or prepared; map over stacked ones with `jax.vmap`.
         implementation: a name in `pallas_kernels.api.IMPLEMENTATIONS`; None for the first that runs here.
+        bias: added after the product, in its dtype.
 
     Raises:
         TypeError, ValueError, NotImplementedError: see `pallas_kernels.api.quantized_matmul`.
     """
     packed = weight if isinstance(weight, api.PreparedWeight) else packed_weight(weight)
-    return api.quantized_matmul(x, packed, implementation)
+    return api.quantized_matmul(x, packed, implementation, bias)
 
 
 def prepare(

@@ -17,6 +17,7 @@ from gptq_jax.models.base import Architecture, Model, check_tokens, embed, linea
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
+from pallas_kernels.api import PreparedWeight
 
 OnLayer = Callable[[LayerReport, int, int], None]  # the layer's report, layers done, layers in all
 
@@ -117,9 +118,10 @@ def layer_specs(model: Model, rules: SpecRules) -> dict[str, QuantSpec | None]:
 
 
 def is_quantized(model: Model) -> bool:
-    """Whether any kernel is packed."""
-    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
-    return any(isinstance(leaf, QuantizedTensor) for leaf in leaves)
+    """Whether any kernel is packed, as it is stored or prepared to run."""
+    packed = QuantizedTensor | PreparedWeight
+    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, packed))
+    return any(isinstance(leaf, packed) for leaf in leaves)
 
 
 def check_weights(model: Model) -> None:

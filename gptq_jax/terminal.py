@@ -10,7 +10,7 @@ from rich.table import Table
 
 from gptq_jax.report import LayerReport, Report, spec_label
 
-__all__ = ["console", "escape", "layer_progress", "note", "seconds_table", "size", "summarize"]
+__all__ = ["console", "escape", "layer_progress", "note", "seconds_table", "size", "steps_progress", "summarize"]
 
 console = Console(stderr=True)
 
@@ -45,6 +45,21 @@ def layer_progress() -> Iterator[Callable[[LayerReport, int, int], None]]:
                 console.print(f"[red]{layer.path} could not be solved and was rounded to nearest.")
 
         yield update
+
+
+@contextmanager
+def steps_progress(title: str, total: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar over `total` steps; yields what takes the step at hand, and how many are done with it."""
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda text, done: progress.update(task, advance=done, description=escape(text))
 
 
 def summarize(report: Report, *, every_layer: bool = True) -> None:

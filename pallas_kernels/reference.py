@@ -35,13 +35,9 @@ def dequantize(
     return (unpack(codes, bits, d_in).astype(jnp.float32) - row_zeros) * row_scales
 
 
-def check(problem: Problem) -> None:
-    """Declines nothing: this is the definition."""
-
-
-def matmul(x: Float[Array, "tokens d_in"], weight: PackedWeight) -> Float[Array, "tokens d_out"]:
-    """`x @ weight` by way of the whole float32 weight, summed in float32, in the dtype of `x`."""
-    whole = dequantize(
+def dequantize_weight(weight: PackedWeight) -> Float[Array, "d_in d_out"]:
+    """The float32 weight of `weight`."""
+    return dequantize(
         weight.codes,
         weight.scales,
         weight.zeros,
@@ -50,4 +46,12 @@ def matmul(x: Float[Array, "tokens d_in"], weight: PackedWeight) -> Float[Array,
         group_rows=weight.group_rows,
         d_in=weight.d_in,
     )
-    return jnp.matmul(x.astype(jnp.float32), whole, precision="highest").astype(x.dtype)
+
+
+def check(problem: Problem) -> None:
+    """Declines nothing: this is the definition."""
+
+
+def matmul(x: Float[Array, "tokens d_in"], weight: PackedWeight) -> Float[Array, "tokens d_out"]:
+    """`x @ weight` by way of the whole float32 weight, summed in float32, in the dtype of `x`."""
+    return jnp.matmul(x.astype(jnp.float32), dequantize_weight(weight), precision="highest").astype(x.dtype)

@@ -5,8 +5,11 @@ Both replace submodules of a copy that lives only while a function is traced, so
 """
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, no_type_check
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,6 +19,24 @@ from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
 
 Params = dict[str, Any]  # nested dicts: names of submodules, then of arrays or QuantizedTensors
+FUSED = "fused"  # the name, beside a module's submodules, of a list of FusedWeights
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+@no_type_check  # JAX rebuilds pytrees with shapes and placeholders in place of arrays
+class FusedWeight:
+    """The kernels of linear layers that are fed the same array, as one.
+
+    Attributes:
+        weight: their outputs side by side.
+        paths: the layers, dotted. Static.
+        sizes: outputs of each. Static.
+    """
+
+    weight: PreparedWeight
+    paths: tuple[str, ...] = field(metadata={"static": True})
+    sizes: tuple[int, ...] = field(metadata={"static": True})
 
 
 class QuantizedLinear(nnx.Module):
@@ -27,7 +48,34 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
         """`x @ kernel + bias`, in the dtype of `x`."""
-        y = matmul(x, self.kernel)
+        return matmul(x, self.kernel, bias=self.bias)
+
+
+class _SharedProduct:
+    """A product that several layers take parts of: computed when the first of them is called."""
+
+    def __init__(self, fused: FusedWeight):
+        self.weight, self.starts = fused.weight, list(accumulate(fused.sizes))[:-1]
+        self.x: Array | None = None
+        self.parts: list[Array] = []
+
+    def part(self, x: Array, index: int) -> Array:
+        if self.x is not x:
+            self.x, self.parts = x, jnp.split(matmul(x, self.weight), self.starts, axis=-1)
+        return self.parts[index]
+
+
+class FusedLinear(nnx.Module):
+    """One of the layers of a FusedWeight."""
+
+    def __init__(self, product: _SharedProduct, index: int, bias: Float[Array, "d_out"] | None):
+        self.product = product
+        self.index = index
+        self.bias = nnx.data(bias)
+
+    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+        """`x @ kernel + bias`, in the dtype of `x`."""
+        y = self.product.part(x, self.index)
         if self.bias is None:
             return y
         return y + jnp.expand_dims(self.bias.astype(y.dtype), range(y.ndim - 1))
@@ -66,11 +114,25 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
     Args:
         abstract: a module of shapes, from `nnx.eval_shape`.
         params: its arrays by name; where a Linear's kernel is a QuantizedTensor or a PreparedWeight, a
-            QuantizedLinear takes its place.
+            QuantizedLinear takes its place, and FusedLinears that of the layers of each FusedWeight in
+            `params["fused"]`.
     """
     module = nnx.merge(*nnx.split(abstract))
-    _fill(module, params)
+    own = {name: value for name, value in params.items() if name != FUSED}
+    _fill(module, own)
+    for fused in params.get(FUSED, ()):
+        product = _SharedProduct(fused)
+        for index, path in enumerate(fused.paths):
+            *parents, name = path.split(".")
+            parent, here = _descend(module, own, parents)
+            setattr(parent, name, FusedLinear(product, index, here.get(name, {}).get("bias")))
     return module
+
+
+def _descend(module: Any, params: Params, path: list[str]) -> tuple[Any, Params]:
+    for name in path:
+        module, params = getattr(module, name), params.get(name, {})
+    return module, params
 
 
 def _fill(module: Any, params: Params) -> None:
@@ -90,7 +152,7 @@ def linear_layers(module: nnx.Module) -> dict[str, nnx.Module]:
     return {
         ".".join(map(str, path)): layer
         for path, layer in nnx.iter_modules(module)
-        if isinstance(layer, nnx.Linear | QuantizedLinear)
+        if isinstance(layer, nnx.Linear | QuantizedLinear | FusedLinear)
     }
 
 

@@ -26,6 +26,7 @@ from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.base import CheckpointError
 from gptq_jax.tensor import QuantizedTensor
+from pallas_kernels.api import PreparedWeight
 from pallas_kernels.packing import packed_words
 
 MANIFEST = "gptq_jax.json"
@@ -76,9 +77,13 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
 
     Raises:
         OSError: see `check_target`.
+        ValueError: the model's weights are prepared to run.
     """
     import orbax.checkpoint as ocp
 
+    prepared = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, PreparedWeight))
+    if any(isinstance(leaf, PreparedWeight) for leaf in prepared):
+        raise ValueError("the model's weights are prepared to run here: save the model it was prepared from.")
     path = Path(path).absolute()
     check_target(path, overwrite=overwrite, nbytes=tree_bytes(model.params))
     arrays = _unpacked(model.params)

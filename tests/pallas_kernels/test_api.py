@@ -7,33 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import packed_weights
 import pytest
+from kernel_cases import inputs, packed
 
 from pallas_kernels import api
+from pallas_kernels import weight as weight_module
 from pallas_kernels.api import IMPLEMENTATIONS, Implementation, explain, prepare, quantized_matmul
 from pallas_kernels.weight import PackedWeight, Problem, describe
 
+ANYWHERE = ("xla_tiled", "reference")  # the kernels have interpreted tests of their own
 SHAPES = [  # d_in, d_out, group_size
     (1, 1, -1),
     (100, 33, 32),  # ragged group, last word not full
     (201, 5, 128),
     (77, 6, 20),  # groups that split words
 ]
-
-
-def packed(case: packed_weights.Case) -> PackedWeight:
-    return PackedWeight(
-        codes=jnp.array(case.codes),
-        scales=jnp.array(case.scales),
-        zeros=None if case.zeros is None else jnp.array(case.zeros),
-        group_of_row=None if case.group_of_row is None else jnp.array(case.group_of_row),
-        bits=case.bits,
-        group_rows=case.group_rows,
-        d_in=case.weight.shape[0],
-    )
-
-
-def inputs(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture
@@ -44,7 +31,7 @@ def weight() -> PackedWeight:
 # The contract of every implementation
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("d_in", "d_out", "group_size"), SHAPES)
@@ -59,7 +46,7 @@ def test_product(implementation: str, bits: int, symmetric: bool, d_in: int, d_o
             packed_weights.assert_product(y, x, case)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17, 130])
 def test_any_number_of_tokens(implementation: str, tokens: int) -> None:
     case = packed_weights.make(201, 33, group_size=64, symmetric=False)
@@ -69,7 +56,7 @@ def test_any_number_of_tokens(implementation: str, tokens: int) -> None:
     packed_weights.assert_product(y, x, case)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_real_zeros(implementation: str, tokens: int) -> None:
     case = packed_weights.make(100, 9, bits=3, group_size=32, symmetric=False, real_zeros=True)
@@ -77,7 +64,7 @@ def test_real_zeros(implementation: str, tokens: int) -> None:
     packed_weights.assert_product(quantized_matmul(jnp.array(x), packed(case), implementation), x, case)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize(("dtype", "eps"), [("bfloat16", 2.0**-8), ("float16", 2.0**-11)])
 @pytest.mark.parametrize("batch", [(), (1, 1), (2, 3)])
 def test_leading_dimensions_and_dtype_are_kept(
@@ -91,7 +78,7 @@ def test_leading_dimensions_and_dtype_are_kept(
     packed_weights.assert_product(np.asarray(y, np.float32), np.asarray(x, np.float32), case, eps=eps)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_gradient(implementation: str, tokens: int) -> None:
     case = packed_weights.make(100, 9, group_size=32, symmetric=False)
@@ -109,7 +96,7 @@ def test_gradient(implementation: str, tokens: int) -> None:
     np.testing.assert_allclose(to_scales, expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_stacked_weights_through_vmap(implementation: str, tokens: int) -> None:
     cases = [packed_weights.make(64, 8, group_size=32, seed=seed) for seed in range(3)]
@@ -120,13 +107,21 @@ def test_stacked_weights_through_vmap(implementation: str, tokens: int) -> None:
         packed_weights.assert_product(y[expert], x[expert], case)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_prepared_once_gives_the_same(implementation: str, weight: PackedWeight) -> None:
     x = jnp.array(inputs(3, 64))
     prepared = prepare(weight, implementation)
     assert prepared.implementation == implementation
     product = jax.jit(quantized_matmul)(x, prepared)
     np.testing.assert_array_equal(product, quantized_matmul(x, weight, implementation))
+
+
+def test_bias_is_added_in_the_dtype_of_the_product(weight: PackedWeight) -> None:
+    x, bias = jnp.array(inputs(2, 3, 64)).astype(jnp.bfloat16), jnp.arange(8.0)
+    y = quantized_matmul(x, weight, bias=bias)
+    assert y.dtype == jnp.bfloat16
+    expected = np.asarray(quantized_matmul(x, weight), np.float32) + np.arange(8.0)
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=2.0**-7)
 
 
 # The choice
@@ -136,28 +131,91 @@ def decline(problem: Problem) -> None:
     raise NotImplementedError(f"needs d_in divisible by 128, and it is {problem.d_in}.")
 
 
+def on_a(monkeypatch: pytest.MonkeyPatch, platform: str, capability: str | None) -> None:
+    """Pretend that JAX computes there."""
+    for module in (api, weight_module):
+        monkeypatch.setattr(module, "target", lambda: (platform, capability))
+
+
+PICKY = Implementation(decline, lambda x, weight: x)
+CUT = Implementation(lambda problem: None, lambda x, arrays: x[:, :8], prepare=lambda weight, dtype: weight.codes)
+
+
 def test_the_first_that_takes_the_problem_runs(weight: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = Implementation(lambda problem: None, lambda weight: weight, lambda x, weight: x[:, :8])
-    table = {"picky": Implementation(decline, other.prepare, other.run), "cut": other, **IMPLEMENTATIONS}
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", table)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"picky": PICKY, "cut": CUT, **IMPLEMENTATIONS})
     x = jnp.array(inputs(2, 64))
     np.testing.assert_array_equal(quantized_matmul(x, weight), x[:, :8])
     assert prepare(weight).implementation == "cut"
-    assert explain(describe(weight, 2, x.dtype)) == {
-        "picky": "needs d_in divisible by 128, and it is 64.",
-        "cut": "runs",
-        "xla_tiled": "runs",
-        "reference": "runs",
-    }
+    explained = explain(describe(weight, 2, x.dtype))
+    assert list(explained) == ["picky", "cut", *IMPLEMENTATIONS]
+    assert explained["picky"] == "needs d_in divisible by 128, and it is 64."
+    assert explained["cut"] == explained["xla_tiled"] == explained["reference"] == "runs"
 
 
 def test_all_refusals_are_told(weight: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
-    picky = Implementation(decline, lambda weight: weight, lambda x, weight: x)
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"one": picky, "two": picky})
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"one": PICKY, "two": PICKY})
     with pytest.raises(NotImplementedError, match=r"one: needs d_in .* 64\.; two: needs d_in .* 64\."):
         quantized_matmul(jnp.array(inputs(2, 64)), weight)
     with pytest.raises(NotImplementedError, match=r"takes Problem\(tokens=None.*: two: needs"):
         prepare(weight, "two")
+
+
+def test_declining_while_preparing_counts(weight: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unequal(weight: PackedWeight, dtype: object) -> None:
+        raise NotImplementedError("groups are not equal.")
+
+    late = CUT._replace(prepare=unequal)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"late": late, **IMPLEMENTATIONS})
+    assert prepare(weight).implementation == "xla_tiled"
+    with pytest.raises(NotImplementedError, match=r"late: groups are not equal\."):
+        prepare(weight, "late")
+
+
+@pytest.mark.parametrize("shown", [["picky"], ["picky", "cut"], []])
+def test_a_gpu_that_falls_back_says_so_once(
+    weight: PackedWeight, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, shown: list[str]
+) -> None:
+    table = {"picky": PICKY, "cut": CUT, **{name: IMPLEMENTATIONS[name] for name in ANYWHERE}}
+    kernels = {name: table[name] for name in shown}
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {**kernels, **{name: table[name] for name in ANYWHERE}})
+    monkeypatch.setattr(api, "_warned", set())
+    on_a(monkeypatch, "gpu", "9.0")
+    for _ in range(2):
+        prepare(weight)
+    if shown == ["picky"]:
+        (warning,) = recwarn
+        assert "through xla_tiled on this GPU, slowly: picky: needs d_in divisible by 128" in str(warning.message)
+    else:  # a kernel runs, or there is none that declined
+        assert not list(recwarn)
+    recwarn.clear()
+    on_a(monkeypatch, "cpu", None)
+    monkeypatch.setattr(api, "_warned", set())
+    prepare(weight)
+    assert not list(recwarn)
+
+
+def test_repacking_at_every_call_on_a_gpu_is_said(
+    weight: PackedWeight, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"cut": CUT})
+    monkeypatch.setattr(api, "_warned", set())
+    on_a(monkeypatch, "gpu", "9.0")
+    prepared = prepare(weight)
+    quantized_matmul(jnp.ones((1, 64)), prepared)
+    assert not list(recwarn)
+    for _ in range(2):
+        quantized_matmul(jnp.ones((1, 64)), weight)
+    (warning,) = recwarn
+    assert "repacked for cut at every call" in str(warning.message)
+
+
+def test_kernels_decline_without_a_gpu_and_the_tiled_path_serves(weight: PackedWeight) -> None:
+    explained = explain(describe(weight, 1, jnp.bfloat16))
+    kernels = [name for name in explained if name.startswith("mosaic_")]
+    assert all(explained[name] != "runs" for name in kernels)
+    assert list(explained)[len(kernels) :] == ["xla_tiled", "reference"]
+    with pytest.raises(NotImplementedError, match="mosaic_hopper: "):
+        prepare(weight, "mosaic_hopper", jnp.bfloat16)
 
 
 def test_the_tiled_path_runs_on_a_cpu_on_the_same_arrays(weight: PackedWeight) -> None:
@@ -178,13 +236,46 @@ def test_a_second_call_compiles_nothing(weight: PackedWeight) -> None:
 
 
 def test_unknown_implementation(weight: PackedWeight) -> None:
-    with pytest.raises(ValueError, match=r"'fast' is unknown: use one of \['xla_tiled', 'reference'\]"):
+    with pytest.raises(ValueError, match=r"'fast' is unknown: use one of \[.*'xla_tiled', 'reference'\]"):
         quantized_matmul(jnp.ones((1, 64)), weight, "fast")
 
 
 def test_weight_prepared_for_another_implementation(weight: PackedWeight) -> None:
     with pytest.raises(ValueError, match="prepared for 'reference', not for implementation='xla_tiled'"):
         quantized_matmul(jnp.ones((1, 64)), prepare(weight, "reference"), "xla_tiled")
+
+
+def test_weight_prepared_for_another_device(weight: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(weight)
+    on_a(monkeypatch, "gpu", "9.0")
+    with pytest.raises(ValueError, match=r"prepared for 'xla_tiled' on 'cpu', but JAX computes on 'gpu 9\.0'"):
+        quantized_matmul(jnp.ones((1, 64)), prepared)
+    hopper = prepare(weight)
+    on_a(monkeypatch, "gpu", "8.0")
+    with pytest.raises(ValueError, match=r"on 'gpu 9\.0', but JAX computes on 'gpu 8\.0': prepare it again"):
+        quantized_matmul(jnp.ones((1, 64)), hopper)
+
+
+def test_prepared_weight_declines_another_dtype(weight: PackedWeight, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(problem: Problem) -> None:
+        if problem.x_dtype == "float32":
+            raise NotImplementedError("x is float32: use bfloat16.")
+
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"half": CUT._replace(check=check)})
+    prepared = prepare(weight, x_dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"prepared for 'half', which declines .* x is float32: use"):
+        quantized_matmul(jnp.ones((1, 64)), prepared)
+
+
+def test_bias_that_disagrees(weight: PackedWeight) -> None:
+    with pytest.raises(ValueError, match=r"bias has shape \(7,\): pass \(8,\)"):
+        quantized_matmul(jnp.ones((1, 64)), weight, bias=jnp.ones(7))
+
+
+def test_stacked_weight(weight: PackedWeight) -> None:
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), weight)
+    with pytest.raises(ValueError, match="weight is a stack of 3: use grouped_matmul"):
+        quantized_matmul(jnp.ones((3, 1, 64)), stacked)
 
 
 def test_inputs_that_disagree(weight: PackedWeight) -> None:

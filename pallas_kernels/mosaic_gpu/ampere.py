@@ -1,0 +1,210 @@
+"""`mosaic_ampere`: x @ packed weight on GPUs of compute capability 8, by `mma` on fragments unpacked in registers.
+
+The kernel computes `out.T = W.T @ x.T`, since the layout makes the weight the left operand. A block takes 64 or
+128 outputs, a tile of tokens and a part of the inputs: `cp.async` brings words and activations through shared
+memory some steps ahead, scales come straight into registers a step ahead. Codes are multiplied as integers about
+zero and the product of each group is scaled in float32, so that no scale is rounded. Zero points are left to XLA:
+
+    out = sum_g scale[g] * (sum_k code[k] x[k]) - sum_g (scale[g] * zero[g]) * (sum_k x[k]),  k in group g
+
+Beyond `MIDDLE_TOKENS` tokens the weight is made float once and the vendor's product taken.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from pallas_kernels.mosaic_gpu import compat, prefill
+from pallas_kernels.mosaic_gpu.layout import (
+    PLANES,
+    TILE_K,
+    TILE_N,
+    WORDS,
+    ShuffledWeight,
+    kernel_group_rows,
+    round_up,
+    shuffle,
+)
+from pallas_kernels.mosaic_gpu.operands import group_sums, in_row_order, swizzled
+from pallas_kernels.mosaic_gpu.tuning import MIDDLE_TOKENS, Tiling
+from pallas_kernels.mosaic_gpu.unpack import load_tile, unpack_tile
+from pallas_kernels.weight import PackedWeight, Problem
+
+_BLOCKS = 324  # three for each of the 108 multiprocessors of an A100
+_LEAST_STEPS = 8  # of a part of the inputs, twice what is in flight
+
+
+def check(problem: Problem) -> None:
+    """Raises NotImplementedError, naming its limit, for a problem that this implementation declines."""
+    if limit := compat.limit(problem, (8,)):
+        raise NotImplementedError(limit)
+    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
+        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+
+
+def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
+    """The weight in the layout that Hopper has too, whatever the dtype of the activations."""
+    return shuffle(weight)
+
+
+def run(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Float[Array, "tokens d_out"]:
+    """`x @ weight`, summed in float32, in the dtype of `x`."""
+    if x.shape[0] > MIDDLE_TOKENS:
+        return prefill.matmul(x, weight)
+    return matmul(x, weight, choose(x.shape[0], weight))
+
+
+def transposed(dy: Float[Array, "tokens d_out"], weight: ShuffledWeight) -> Float[Array, "tokens d_in"]:
+    """`dy @ weight.T`, by way of the whole float weight."""
+    return prefill.transposed(dy, weight)
+
+
+def choose(tokens: int, weight: ShuffledWeight) -> Tiling:
+    """How the product is cut up: tiles that fit the registers, and parts enough to fill an A100."""
+    large = weight.group_rows >= TILE_K  # else the sums of a step's groups, all in flight, need more registers
+    tile_m = next(tile for tile in (8, 16, 32, 64) if tokens <= tile or tile == (64 if large else 32))
+    tile_n = 2 * TILE_N if tile_m == 32 and large else TILE_N
+    tile_k = 2 * TILE_K if tile_m <= 16 and weight.k_padded % (2 * TILE_K) == 0 else TILE_K
+    steps = weight.k_padded // tile_k
+    blocks = -(-weight.n_padded // tile_n) * -(-tokens // tile_m)
+    split_k = max(1, min(_BLOCKS // blocks, steps // _LEAST_STEPS))
+    return Tiling(tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, stages=min(4, steps // split_k), split_k=split_k)
+
+
+def matmul(x: Float[Array, "tokens d_in"], weight: ShuffledWeight, tiling: Tiling) -> Float[Array, "tokens d_out"]:
+    """`x @ weight` by the kernel.
+
+    Args:
+        x: bfloat16 or float16.
+        weight: shuffled.
+        tiling: `tile_n` a multiple of 64, `tile_k` of 128.
+    """
+    tokens = x.shape[0]
+    padding = (0, round_up(tokens, tiling.tile_m) - tokens), (0, weight.k_padded - weight.d_in)
+    rows = jnp.pad(in_row_order(x, weight), padding)
+    out = jnp.sum(_parts(rows, weight, tiling), axis=0)
+    scales = weight.scales.astype(jnp.float32)
+    if _one_scale(weight):
+        out = out * scales.T
+    if weight.zeros is not None:
+        sums = group_sums(rows, weight, rows.shape[0])
+        out = out - jnp.matmul((scales * weight.zeros).T, sums, precision="highest")
+    return out.T[:tokens, : weight.d_out].astype(x.dtype)
+
+
+def _parts(
+    x: Float[Array, "tokens k_padded"], weight: ShuffledWeight, tiling: Tiling
+) -> Float32[Array, "split_k n_padded tokens"]:
+    """The product about zero of each part of the inputs; unscaled where each column has one scale."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    tokens, dtype = x.shape[0], x.dtype
+    tile_m, tile_k, split_k = tiling.tile_m, tiling.tile_k, tiling.split_k
+    tiles = tile_k // TILE_K  # of the layout, in a step
+    n_tiles, steps = weight.n_padded // TILE_N, weight.k_padded // tile_k
+    subtiles = tiling.tile_n // TILE_N
+    columns = min(weight.group_rows, TILE_K)  # of a fragment
+    groups = tile_k // columns
+    accumulator = plgpu.Layout.MMA_ACC(dtype)
+
+    def kernel(x_gmem: Any, scales_gmem: Any, *refs: Any) -> None:
+        *planes_gmem, out_gmem = refs
+        m, part = jax.lax.axis_index("m"), jax.lax.axis_index("part")
+        first = part * steps // split_k
+        count: Any = steps // split_k
+        if steps % split_k:
+            count = (part + 1) * steps // split_k - first
+        # A block that reaches beyond the outputs computes the last tile again, and stores the same again.
+        n_of = [jnp.minimum(jax.lax.axis_index("n") * subtiles + sub, n_tiles - 1) for sub in range(subtiles)]
+
+        def load_scales(step: Any) -> tuple[tuple[Any, ...], ...]:
+            """The scales of a step for the rows of each thread, by subtile and group."""
+            if _one_scale(weight):
+                return ()
+            row = jnp.minimum(step, steps - 1) * groups
+            return tuple(
+                tuple(
+                    plgpu.load(
+                        scales_gmem.at[row + group, pl.ds(n * TILE_N, TILE_N)],
+                        layout=accumulator.reduce(1),
+                        optimized=False,
+                    )
+                    for group in range(groups)
+                )
+                for n in n_of
+            )
+
+        def body(indices: Any, x_smem: Any, *rest: Any) -> Any:
+            *planes_smem, (totals, scales) = rest
+            ahead = load_scales(first + indices[0] + 1)
+            totals = list(totals)
+            for tile in range(tiles):
+                fragments = [
+                    unpack_tile(
+                        load_tile(planes_smem[sub::subtiles], tile, weight.bits),
+                        bits=weight.bits,
+                        dtype=dtype,
+                        columns=columns,
+                        layout=plgpu.Layout.MMA_LHS(dtype),
+                    )
+                    for sub in range(subtiles)
+                ]
+                for part_of_tile in range(TILE_K // columns):
+                    group = tile * (TILE_K // columns) + part_of_tile
+                    inputs = x_smem.at[:, pl.ds(group * columns, columns)].T
+                    right = plgpu.load(inputs, layout=plgpu.Layout.MMA_RHS(dtype))
+                    for sub in range(subtiles):
+                        left = fragments[sub][part_of_tile]
+                        if _one_scale(weight):
+                            totals[sub] = _mma(totals[sub], left, right)
+                        else:
+                            product = _mma(zero(), left, right)
+                            scale = scales[sub][group].astype(jnp.float32)
+                            totals[sub] += product * jax.lax.broadcast_in_dim(scale, product.shape, [0])
+            return tuple(totals), ahead
+
+        def zero() -> Any:
+            return plgpu.layout_cast(jnp.zeros((TILE_N, tile_m), jnp.float32), accumulator)
+
+        transforms = swizzled(min(columns, tile_m * tile_k // 32), dtype)  # each of four warps copies whole tiles
+        x_spec = plgpu.BlockSpec((tile_m, tile_k), lambda i: (m, first + i), transforms=transforms)
+        plane_specs = [
+            plgpu.BlockSpec((tiles * plane_bits, WORDS), lambda i, n=n: (n * steps + first + i, 0))
+            for plane_bits in PLANES[weight.bits]
+            for n in n_of
+        ]
+        totals, _ = plgpu.emit_pipeline(
+            body,
+            grid=(count,),
+            in_specs=[x_spec, *plane_specs],
+            max_concurrent_steps=tiling.stages,
+            init_carry=(tuple(zero() for _ in n_of), load_scales(first)),
+        )(x_gmem, *(plane for plane in planes_gmem for _ in n_of))
+        for n, total in zip(n_of, totals, strict=True):
+            out_gmem.at[part, pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)][...] = total
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((split_k, weight.n_padded, tokens), jnp.float32),
+        grid=(-(-n_tiles // subtiles), tokens // tile_m, split_k),
+        grid_names=("n", "m", "part"),
+        kernel_name="ampere",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+    )(x, weight.scales, *weight.planes)
+
+
+def _mma(
+    total: Float32[Array, "64 tile_m"], left: Float[Array, "64 columns"], right: Float[Array, "columns tile_m"]
+) -> Float32[Array, "64 tile_m"]:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if compat.interpreting():  # which does not know the instruction
+        return total + jnp.matmul(left, right, preferred_element_type=jnp.float32)
+    return plgpu.mma(total, left, right)
+
+
+def _one_scale(weight: ShuffledWeight) -> bool:
+    return weight.group_rows == weight.k_padded

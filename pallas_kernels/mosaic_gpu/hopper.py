@@ -1,0 +1,84 @@
+"""`mosaic_hopper`: x @ packed weight on GPUs of compute capability 9; one kernel for few tokens, one for some."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.mosaic_gpu import compat, prefill, tuning
+from pallas_kernels.mosaic_gpu.hopper_decode import decode
+from pallas_kernels.mosaic_gpu.hopper_middle import STORED_TOKENS, middle
+from pallas_kernels.mosaic_gpu.layout import TILE_N, ShuffledWeight, kernel_group_rows, shuffle
+from pallas_kernels.mosaic_gpu.operands import in_row_order
+from pallas_kernels.mosaic_gpu.tuning import Tiling
+from pallas_kernels.weight import PackedWeight, Problem
+
+SHARED_BYTES = 232448 - 1024  # of a block, less what barriers take
+
+
+def check(problem: Problem) -> None:
+    """Raises NotImplementedError, naming its limit, for a problem that this implementation declines."""
+    if limit := compat.limit(problem, (9,)):
+        raise NotImplementedError(limit)
+    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
+        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+
+
+def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
+    """The weight in the pre-shuffled layout, whatever the dtype of the activations."""
+    return shuffle(weight)
+
+
+def run(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Float[Array, "tokens d_out"]:
+    """`x @ weight`, summed in float32, in the dtype of `x`, by the kernel for as many tokens."""
+    tiling = tuning.choose(compat.device_kind(), _problem(x, weight))
+    if tiling.regime == "prefill":
+        return prefill.matmul(x, weight)
+    kernel = decode if tiling.regime == "decode" else middle
+    return kernel(in_row_order(x, weight), weight, fitted(tiling, weight, x.dtype))
+
+
+def transposed(dy: Float[Array, "tokens d_out"], weight: ShuffledWeight) -> Float[Array, "tokens d_in"]:
+    """`dy @ weight.T`, by way of the whole float weight."""
+    return prefill.transposed(dy, weight)
+
+
+def fitted(tiling: Tiling, weight: ShuffledWeight, x_dtype: Any) -> Tiling:
+    """`tiling` with as many stages, and steps as long, as shared memory and the parts of the inputs allow."""
+    while True:
+        steps = weight.k_padded // tiling.tile_k // tiling.split_k
+        tiling = replace(tiling, stages=max(1, min(tiling.stages, steps)))
+        if shared_bytes(tiling, weight, x_dtype) <= SHARED_BYTES or tiling.stages == 1:
+            return tiling
+        if tiling.stages == 2 and tiling.tile_k % 256 == 0:
+            tiling = replace(tiling, tile_k=tiling.tile_k // 2, stages=4)
+        else:
+            tiling = replace(tiling, stages=tiling.stages - 1)
+
+
+def shared_bytes(tiling: Tiling, weight: ShuffledWeight, x_dtype: Any) -> int:
+    """The shared memory that a block needs, but for barriers."""
+    outputs = TILE_N * tiling.warpgroups
+    stage = tiling.tile_k * (tiling.tile_m * jnp.dtype(x_dtype).itemsize + outputs * weight.bits // 8)
+    if weight.group_rows < weight.k_padded:
+        of_group = outputs * weight.scales.dtype.itemsize
+        if weight.zeros is not None:
+            of_group += 4 * outputs + 4 * tiling.tile_m
+        stage += tiling.tile_k // weight.group_rows * of_group
+    stored = tiling.tile_m if tiling.regime == "decode" else STORED_TOKENS
+    return tiling.stages * stage + stored * outputs * (2 if tiling.split_k == 1 else 4)
+
+
+def _problem(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Problem:
+    return Problem(
+        tokens=x.shape[0],
+        x_dtype=x.dtype.name,
+        d_in=weight.d_in,
+        d_out=weight.d_out,
+        bits=weight.bits,
+        group_rows=min(weight.group_rows, weight.d_in),
+        zeros=None if weight.zeros is None else "float32",
+        permuted=weight.permutation is not None,
+        platform="gpu",
+    )
