@@ -15,6 +15,7 @@ def handlers() -> Mapping[str, Callable[..., Any]]:
     from gptq_jax.generate import generate_tokens
     from gptq_jax.methods import rtn
     from gptq_jax.models.base import Model
+    from gptq_jax.models.prepared import prepare
     from gptq_jax.pipeline import quantize
     from gptq_jax.spec import QuantSpec
     from gptq_jax.storage.load import load
@@ -31,7 +32,7 @@ def handlers() -> Mapping[str, Callable[..., Any]]:
 
     def take(path: str | None) -> Any:
         began = time.perf_counter()
-        held.append(load(path) if path else float_model())
+        held.append(prepare(load(path)) if path else float_model())
         jax.block_until_ready(held[0].params)
         return {
             "load_seconds": time.perf_counter() - began,
