@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from gptq_jax.hooks.nnx import Params, parameters
@@ -110,7 +111,7 @@ class DecoderConfig:
         suffix, transposed = _LEAF_SUFFIXES[str(path[-1])]
         return f"model.{'.'.join(map(str, path[:-1]))}.{suffix}", transposed
 
-    def init_cache(self, batch: int, capacity: int, dtype: jnp.dtype | str = jnp.float32) -> KVCache:
+    def init_cache(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         """An empty cache of one block for sequences of up to `capacity` tokens."""
         heads = (batch, self.num_kv_heads)
         return KVCache(
