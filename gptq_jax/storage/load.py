@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Float
 
 from gptq_jax.models.base import Architecture, Model
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.gguf import GgufFile
 from gptq_jax.storage.safetensors import SafetensorsDirectory, first_line
+from gptq_jax.storage.sharding import Placement, as_placement, one_device
 from gptq_jax.storage.store import is_store, load_store
 
 ACCEPTED = "a .gguf file, a directory with config.json and safetensors, or a Hugging Face id like org/name"
@@ -26,25 +28,32 @@ COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load(path_or_id: str | PathLike[str], *, dtype: DTypeLike = "float32") -> Model:
+def load(
+    path_or_id: str | PathLike[str],
+    *,
+    dtype: DTypeLike = "float32",
+    sharding: jax.sharding.Sharding | Placement | None = None,
+) -> Model:
     """Load a model.
 
     Args:
         path_or_id: a directory that `save` wrote, or what `open_source` takes.
         dtype: of a float checkpoint's parameters: float32 or bfloat16. A saved model keeps its own.
+        sharding: where arrays go as they are read: one sharding for all, or a function of an array's name and
+            shape, like `ShardingRules`. None: the first device.
 
     Raises:
         FileNotFoundError: there is no such model.
         CheckpointError: it is damaged or does not fit its config.
         ValueError: its architecture or `dtype` is not supported.
     """
-    dtype = _dtype_name(dtype)
+    dtype, placement = _dtype_name(dtype), as_placement(sharding)
     if is_store(Path(path_or_id)):
-        return load_store(path_or_id)
+        return load_store(path_or_id, placement)
     source = open_source(path_or_id)
     config = architecture_from_config(source.config)
     tokenizer = source.tokenizer()  # before the weights: cheap to find missing or broken
-    return Model(config, read_params(source, config, dtype), tokenizer, source.config)
+    return Model(config, read_params(source, config, dtype, placement), tokenizer, source.config)
 
 
 def open_source(path_or_id: str | PathLike[str]) -> TensorSource:
@@ -72,13 +81,19 @@ def open_source(path_or_id: str | PathLike[str]) -> TensorSource:
     raise FileNotFoundError(f"{path_or_id} does not exist: give {ACCEPTED}.")
 
 
-def read_params(source: TensorSource, architecture: Architecture, dtype: DTypeLike = "float32") -> Any:
+def read_params(
+    source: TensorSource,
+    architecture: Architecture,
+    dtype: DTypeLike = "float32",
+    placement: Placement = one_device,
+) -> Any:
     """Read a model's parameters, one tensor at a time.
 
     Args:
         source: the checkpoint.
         architecture: says which tensor each leaf of the parameter tree is.
         dtype: of the parameters: float32 or bfloat16.
+        placement: where each array goes as soon as it is read.
 
     Returns:
         The tree of `architecture.abstract_params()`, arrays in place of shapes; kernels are [d_in, d_out].
@@ -98,7 +113,10 @@ def read_params(source: TensorSource, architecture: Architecture, dtype: DTypeLi
     for (name, transposed), (_, leaf) in zip(tensors, leaves, strict=True):
         expected[name] = leaf.shape[::-1] if transposed else leaf.shape
     _check(source, expected)
-    arrays = [_read(source, name, transposed, dtype) for name, transposed in tensors]
+    arrays = []
+    for (name, transposed), (path, leaf) in zip(tensors, leaves, strict=True):
+        where = placement(jax.tree_util.keystr(path, simple=True, separator="."), leaf.shape)
+        arrays.append(jax.device_put(_read(source, name, transposed, dtype), where))
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
@@ -141,11 +159,11 @@ def _equal(source: TensorSource, one: str, other: str) -> bool:
     return source.shape(one) == source.shape(other) and np.array_equal(source.tensor(one), source.tensor(other))
 
 
-def _read(source: TensorSource, name: str, transposed: bool, dtype: str) -> jax.Array:
+def _read(source: TensorSource, name: str, transposed: bool, dtype: str) -> Float[np.ndarray, "..."]:
     values = source.tensor(name)
     if not np.isfinite(values).all():
         raise CheckpointError(source.path, f"tensor {name!r} holds NaN or infinity.")
-    return jnp.asarray(np.ascontiguousarray(values.T if transposed else values, dtype=jnp.dtype(dtype)))
+    return np.ascontiguousarray(values.T if transposed else values, dtype=jnp.dtype(dtype))
 
 
 def _download(model_id: str) -> str:
