@@ -13,6 +13,8 @@ from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 # models and checkpoints
 from gptq_jax.models.base import Model
 from gptq_jax.storage import CheckpointError, load, save
+from gptq_jax.storage.export import export
+from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
 from gptq_jax.calibration import calibration_batches
@@ -31,10 +33,12 @@ __all__ = [
     "QuantSpec",
     "QuantizedTensor",
     "Report",
+    "ShardingRules",
     "Solution",
     "SpecRules",
     "calibration_batches",
     "compare",
+    "export",
     "generate",
     "gptq",
     "gptq_solve",
