@@ -85,7 +85,7 @@ def read_grid(arrays: Arrays, spec: QuantSpec, d_in: int, d_out: int) -> ModuleG
 
 
 def read_codes(
-    stored: Shaped[np.ndarray, "d_in words"], spec: QuantSpec, d_in: int, d_out: int
+    stored: Shaped[np.ndarray, "d_in d_out_words"], spec: QuantSpec, d_in: int, d_out: int
 ) -> UInt32[np.ndarray, "words d_out"]:
     """`qweight` packed along the inputs."""
     words = stored.view(np.uint32)

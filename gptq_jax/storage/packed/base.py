@@ -55,7 +55,7 @@ class PackedFormat:
 
     Attributes:
         name: of the family, like "gptq".
-        version: of the layout, like "gptq_v2".
+        version: of the layout, for people.
         file: the config that was read, for errors.
         codes: the suffix of the tensor that holds the codes; a module that has one is packed.
         suffixes: of every tensor that a packed module may have, bias apart.

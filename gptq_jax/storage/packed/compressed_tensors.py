@@ -63,7 +63,7 @@ def read_grid(arrays: Arrays, spec: QuantSpec, d_in: int, d_out: int) -> ModuleG
 
 
 def read_codes(
-    stored: Shaped[np.ndarray, "d_out words"], spec: QuantSpec, d_in: int, d_out: int
+    stored: Shaped[np.ndarray, "d_out stored_words"], spec: QuantSpec, d_in: int, d_out: int
 ) -> UInt32[np.ndarray, "words d_out"]:
     """`weight_packed` as `QuantizedTensor` has it: its transpose, packed anew where words have unused bits."""
     words = stored.view(np.uint32).T

@@ -61,7 +61,7 @@ def read_grid(arrays: Arrays, spec: QuantSpec, d_in: int, d_out: int, *, version
 
 
 def read_codes(
-    stored: Shaped[np.ndarray, "words d_out"], spec: QuantSpec, d_in: int, d_out: int, *, version: str
+    stored: Shaped[np.ndarray, "stored_words d_out"], spec: QuantSpec, d_in: int, d_out: int, *, version: str
 ) -> UInt32[np.ndarray, "words d_out"]:
     """`qweight` as `QuantizedTensor` has it, which is the same words but for bit planes."""
     words = stored.view(np.uint32)

@@ -14,6 +14,7 @@ from pallas_kernels.packing import SUPPORTED_BITS
 
 Rule = tuple[re.Pattern[str], QuantSpec | None]
 _LONGEST_REGEX = 1000
+_LABELS = {"gptq": "1 (gptq)", "gptq_v2": "2 (gptq_v2)", "gptq_p": "2 in bit planes (gptq_p)"}
 
 
 def parse(config: Mapping[str, Any], file: Path, where: str = "") -> PackedFormat:
@@ -48,7 +49,7 @@ def parse(config: Mapping[str, Any], file: Path, where: str = "") -> PackedForma
         notes.append("the output head is quantized by the config")
     return PackedFormat(
         name="gptq",
-        version=version,
+        version=_LABELS[version],
         file=file.name,
         codes=gptq.CODES,
         suffixes=gptq.SUFFIXES,
