@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -53,12 +54,8 @@ def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Le
         raise CheckpointError(
             source.path, f"{MISFIT}num_hidden_layers is {architecture.num_layers}, but there are {stored} tensors."
         )
-    found, structure = jax.tree_util.tree_flatten_with_path(architecture.abstract_params())
-    leaves = []
-    for keys, leaf in found:
-        tensor, transposed = architecture.tensor_name(tuple(map(_key, keys)))
-        leaves.append(Leaf(jax.tree_util.keystr(keys, simple=True, separator="."), tensor, transposed, leaf.shape))
-    return leaves, structure
+    leaves, structure = _leaves(architecture)
+    return list(leaves), structure
 
 
 def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
@@ -95,6 +92,16 @@ def read_float(source: TensorSource, leaf: Leaf, dtype: str) -> Float[np.ndarray
 def put(array: Shaped[np.ndarray, "..."], name: str, placement: Placement) -> Shaped[Array, "..."]:
     """The array on the devices that `placement` gives it by its name in the tree."""
     return jax.device_put(array, placement(name, array.shape))
+
+
+@lru_cache(maxsize=8)
+def _leaves(architecture: Architecture) -> tuple[tuple[Leaf, ...], Any]:
+    found, structure = jax.tree_util.tree_flatten_with_path(architecture.abstract_params())
+    leaves = []
+    for keys, leaf in found:
+        tensor, transposed = architecture.tensor_name(tuple(map(_key, keys)))
+        leaves.append(Leaf(jax.tree_util.keystr(keys, simple=True, separator="."), tensor, transposed, leaf.shape))
+    return tuple(leaves), structure
 
 
 def _key(entry: Any) -> str | int:
