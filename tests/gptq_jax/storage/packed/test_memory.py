@@ -109,7 +109,7 @@ def write(directory, form, layers):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 @pytest.mark.parametrize("form", ["gptq_v2", "compressed-tensors", "awq"])
 def test_peak_while_loading(tmp_path, form):
-    """Tighter than the 300 MB that are promised, so that a copy of the model, or its mapped files, would show."""
+    """What loading adds is held tighter than the 300 MB in all that are promised, so that a copy of the model, or its mapped files, would show."""
     model, small = write(tmp_path / "model", form, LAYERS), write(tmp_path / "small", form, 1)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(model), str(small)], capture_output=True, text=True, check=True, timeout=300
@@ -118,4 +118,4 @@ def test_peak_while_loading(tmp_path, form):
     largest = max(d_in * d_out // 2 for d_in, d_out in SHAPES.values())
     assert packed > 96 * MIB
     assert grown < packed + largest + 48 * MIB, f"{grown / MIB:.0f} MiB for {packed / MIB:.0f} MiB"
-    assert peak < 2**30
+    assert peak < packed + largest + 300 * 10**6
