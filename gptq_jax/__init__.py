@@ -14,6 +14,8 @@ from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 from gptq_jax.models.base import Model
 from gptq_jax.models.prepared import prepare
 from gptq_jax.storage import CheckpointError, load, save
+from gptq_jax.storage.export import export
+from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
 from gptq_jax.calibration import calibration_batches
@@ -32,10 +34,12 @@ __all__ = [
     "QuantSpec",
     "QuantizedTensor",
     "Report",
+    "ShardingRules",
     "Solution",
     "SpecRules",
     "calibration_batches",
     "compare",
+    "export",
     "generate",
     "gptq",
     "gptq_solve",

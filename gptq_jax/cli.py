@@ -59,6 +59,24 @@ class GridName(StrEnum):
     ldl = "ldl"
 
 
+class ExportDtype(StrEnum):
+    """Of what an export leaves float."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Format(StrEnum):
+    """Of an export."""
+
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    compressed_tensors = "compressed-tensors"
+    float = "float"
+    gguf = "gguf"
+
+
 DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
 
 
@@ -262,6 +280,55 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
                 print(part)
             else:
                 Console().print(part)
+
+
+@command
+def export(
+    model: ModelArgument,
+    format: Annotated[
+        Format,
+        typer.Option(
+            help="gptq: symmetric grids, for GPTQModel, transformers and vLLM; gptq_v2: any grid, for GPTQModel and "
+            "vLLM; compressed-tensors: for vLLM and transformers; float: dequantized; gguf: for llama.cpp."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The directory to write; for gguf, the file.")],
+    max_shard_size: Annotated[str, typer.Option(help="Of a safetensors file, like 500MB.")] = "5GB",
+    dtype: Annotated[
+        ExportDtype | None,
+        typer.Option(help="Of what is not quantized. [16 bits: as the parameters, the source, or float16]"),
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `eval --json` printed, for the model card; can be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this tool wrote there.")] = False,
+) -> None:
+    """Write MODEL in the format of other tools."""
+    from gptq_jax.storage.export import FORMATS
+    from gptq_jax.storage.export import export as export_model
+    from gptq_jax.storage.export.base import parse_size, read_evaluations
+    from gptq_jax.storage.load import load
+    from gptq_jax.terminal import console, escape, note
+
+    evaluations = read_evaluations(evaluation or ())
+    nbytes = parse_size(max_shard_size)
+    FORMATS[format].check(out, overwrite=overwrite)
+    with console.status(f"loading {escape(model)}"):
+        loaded = load(model)
+    with console.status(f"writing {escape(str(out))}"):
+        remarks = export_model(
+            loaded,
+            out,
+            format=format,
+            dtype=dtype and str(dtype),
+            max_shard_size=nbytes,
+            overwrite=overwrite,
+            evaluations=evaluations,
+        )
+    for remark in remarks:
+        note(f"{remark}.")
+    note(f"wrote {out}")
 
 
 @command

@@ -10,10 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from gptq_jax.matmul import explain
-from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.report import spec_label
 from gptq_jax.spec import QuantSpec
-from gptq_jax.storage.load import open_source
+from gptq_jax.storage.load import open_source, read_architecture
+from gptq_jax.storage.packed.detect import packed_format
+from gptq_jax.storage.packed.read import describe_packed
+from gptq_jax.storage.parameters import leaves_of
 from gptq_jax.storage.store import is_store, read_shapes, tree_bytes
 from gptq_jax.tensor import QuantizedTensor
 
@@ -25,34 +27,46 @@ def inspect_model(model: str) -> dict[str, Any]:
         model: anything `load` takes.
 
     Returns:
-        Plain data; `layers` are the matrices of every block.
+        Plain data; `layers` are the matrices of every block, and the output head where it is packed. `format`
+        names a packed format, its version and what is `unusual` in the checkpoint; None for others.
 
     Raises:
         OSError, ValueError: as `load`.
     """
     path = Path(model)
+    packed, report = None, None
     if is_store(path):
-        config, params, report = read_shapes(path)
+        _, params, report = read_shapes(path)
         kind = "gptq-jax store"
     else:
         source = open_source(model)
-        config, report = architecture_from_config(source.config), None
-        params = config.abstract_params()
-        kind = type(source).__name__
+        config = read_architecture(source)
+        if (checkpoint := packed_format(source)) is not None:
+            params, unusual = describe_packed(checkpoint, config)
+            packed = {"name": checkpoint.format.name, "version": checkpoint.format.version, "unusual": unusual}
+            kind = f"{checkpoint.format.name} checkpoint"
+        else:
+            leaves_of(source, config)  # the number of layers is believable
+            params = config.abstract_params()
+            kind = type(source).__name__
     measured = {layer["path"]: layer for layer in (report or {}).get("layers", [])}
     layers = []
     leaves = jax.tree_util.tree_leaves_with_path(
         params["layers"], is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
     )
+    head = params["head"].get("lm_head", {}).get("kernel")
     for key, leaf in leaves:
         name = "layers." + jax.tree_util.keystr(key, simple=True, separator=".")
         if name.endswith(".kernel"):
             layers.append(_layer(name.removesuffix(".kernel"), leaf, measured))
+    if isinstance(head, QuantizedTensor):
+        layers.append(_layer("head.lm_head", head, measured))
     quantized = [layer for layer in layers if layer["spec"] is not None]
     weights = sum(layer["shape"][0] * layer["shape"][1] for layer in quantized)
     return {
         "model": model,
         "kind": kind,
+        "format": packed,
         "layers": layers,
         "bytes": tree_bytes(params),
         "quantized_layers": len(quantized),
@@ -110,6 +124,9 @@ def inspection_table(result: dict[str, Any]) -> list[Table | str]:
     rounded = [layer["path"] for layer in result["layers"] if layer["fell_back"]]
     if rounded:
         lines.append(f"could not be solved and were rounded to nearest: {', '.join(rounded)}")
+    if result["format"] is not None:
+        lines.append(f"format: {result['format']['name']}, version {result['format']['version']}")
+        lines += [f"unusual: {note}" for note in result["format"]["unusual"]]
     lines += [f"left float ({reason}): {path}" for path, reason in result["kept_float"].items()]
     lines += [f"{name} declines: {reason}" for name, reason in declined.items()]
     if result["bits_per_weight"] is not None:

@@ -242,4 +242,6 @@ class Head(nnx.Module):
     def __call__(self, x: Float[Array, "batch time hidden"]) -> Float[Array, "batch time vocab"]:
         """Float32 logits."""
         x = self.norm(x)
+        if not self.tied and not isinstance(self.lm_head, nnx.Linear):
+            x = x.astype(jnp.float32)  # a packed head answers in the dtype of its input
         return (self.embed.attend(x) if self.tied else self.lm_head(x)).astype(jnp.float32)

@@ -1,5 +1,6 @@
 """Which Hugging Face configs are supported, and how each family reads its fields, as data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -42,6 +43,31 @@ _DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+_KINDS = {  # of the fields that are read, where they are not null
+    int: (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "sliding_window",
+    ),
+    float: ("rms_norm_eps", "rope_theta", "partial_rotary_factor"),
+    bool: ("tie_word_embeddings", "attention_bias", "mlp_bias"),
+    str: ("hidden_act",),
+    dict: ("rope_scaling", "rope_parameters"),
+}
+_KIND_NAMES = {
+    int: "an integer below 2**31",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+}
+_NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")  # null is not the same as absent
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -52,16 +78,22 @@ def architecture_from_config(hf_config: Mapping[str, Any]) -> Architecture:
         hf_config: the content of config.json, old or new style (`rope_scaling` or `rope_parameters`).
 
     Raises:
-        ValueError: the model type, or a feature it asks for, is not supported, or a field is missing.
+        ValueError: the model type, or a feature it asks for, is not supported, or a field is missing or of
+            another type.
     """
     model_type = str(hf_config.get("model_type"))
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not supported: use one of {sorted(FAMILIES)}.")
     family = FAMILIES[model_type]
-    fields = {**_DEFAULTS, **family.defaults, **hf_config, **family.fixed}
+    stated = {name: value for name, value in hf_config.items() if value is not None or name in _NULLABLE}
+    fields = {**_DEFAULTS, **family.defaults, **stated, **family.fixed}
     missing = [name for name in _REQUIRED if fields.get(name) is None]
     if missing:
         raise ValueError(f"the config of this {model_type} model lacks {', '.join(missing)}.")
+    _check_kinds(fields)
+    for name in (*_REQUIRED, "max_position_embeddings", "rms_norm_eps"):
+        if not fields[name] > 0:
+            raise ValueError(f"{name}={fields[name]} must be positive.")
     heads = fields["num_attention_heads"]
     if not fields.get("head_dim") and fields["hidden_size"] % heads:
         raise ValueError(f"hidden_size={fields['hidden_size']} is no multiple of num_attention_heads={heads}.")
@@ -84,6 +116,26 @@ def architecture_from_config(hf_config: Mapping[str, Any]) -> Architecture:
     )
 
 
+def _check_kinds(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError naming every field of another type than it should be, or a number beyond all bounds."""
+    wrong = []
+    for kind, names in _KINDS.items():
+        for name in names:
+            value = fields.get(name)
+            if value is not None and not _is(value, kind):
+                wrong.append(f"{name}={value!r:.60} is not {_KIND_NAMES[kind]}")
+    if wrong:
+        raise ValueError(f"the config cannot be read: {'; '.join(wrong)}.")
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is int:
+        return type(value) is int and abs(value) < 2**31
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+    return type(value) is kind
+
+
 def _rope(fields: Mapping[str, Any]) -> Rope:
     """transformers 5 keeps all in `rope_parameters`; older files have `rope_theta` and `rope_scaling`."""
     found = {
@@ -92,9 +144,15 @@ def _rope(fields: Mapping[str, Any]) -> Rope:
         **(fields.get("rope_scaling") or {}),
         **(fields.get("rope_parameters") or {}),
     }
+    kind = found.get("rope_type") or found.get("type") or "default"
+    if not isinstance(kind, str):
+        raise ValueError(f"rope_type={kind!r:.60} is not a string.")
+    for name, value in found.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (number or name in ("rope_theta", "partial_rotary_factor")) and value is not None and not _is(value, float):
+            raise ValueError(f"{name}={value!r:.60} is not {_KIND_NAMES[float]}.")
     if (found["partial_rotary_factor"] or 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor={found['partial_rotary_factor']} is not supported: only 1.0 is.")
-    kind = found.get("rope_type") or found.get("type") or "default"
     if kind in SCALINGS and "original_max_position_embeddings" in SCALINGS[kind].needs:
         # Where it is left out, transformers takes the context the config states.
         found["original_max_position_embeddings"] = (

@@ -7,44 +7,64 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from gptq_jax.models.base import Architecture, Model
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.storage.base import CheckpointError, TensorSource
+from gptq_jax.storage.fields import raise_problems
 from gptq_jax.storage.gguf import GgufFile
+from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
+from gptq_jax.storage.packed.read import read_packed_params
+from gptq_jax.storage.parameters import MISFIT, float_problems, leaves_of, left_over_problems, put, read_float
 from gptq_jax.storage.safetensors import SafetensorsDirectory, first_line
+from gptq_jax.storage.sharding import Placement, as_placement, one_device
 from gptq_jax.storage.store import is_store, load_store
 
 ACCEPTED = "a .gguf file, a directory with config.json and safetensors, or a Hugging Face id like org/name"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 PARAM_DTYPES = ("float32", "bfloat16")
-# Constants that old checkpoints store although the model computes them.
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def load(path_or_id: str | PathLike[str], *, dtype: DTypeLike = "float32") -> Model:
+def load(
+    path_or_id: str | PathLike[str],
+    *,
+    dtype: DTypeLike = "float32",
+    sharding: jax.sharding.Sharding | Placement | None = None,
+) -> Model:
     """Load a model.
 
     Args:
-        path_or_id: a directory that `save` wrote, or what `open_source` takes.
-        dtype: of a float checkpoint's parameters: float32 or bfloat16. A saved model keeps its own.
+        path_or_id: a directory that `save` wrote, or what `open_source` takes. Weights that GPTQ, AWQ or
+            compressed-tensors packed stay packed.
+        dtype: of a checkpoint's float parameters: float32 or bfloat16. A saved model keeps its own.
+        sharding: where arrays go as they are read: one sharding for all, or a function of an array's name and
+            shape, like `ShardingRules`. None: the first device.
 
     Raises:
         FileNotFoundError: there is no such model.
         CheckpointError: it is damaged or does not fit its config.
         ValueError: its architecture or `dtype` is not supported.
     """
-    dtype = _dtype_name(dtype)
+    dtype, placement = _dtype_name(dtype), as_placement(sharding)
     if is_store(Path(path_or_id)):
-        return load_store(path_or_id)
+        return load_store(path_or_id, placement)
     source = open_source(path_or_id)
-    config = architecture_from_config(source.config)
+    config = read_architecture(source)
     tokenizer = source.tokenizer()  # before the weights: cheap to find missing or broken
-    return Model(config, read_params(source, config, dtype), tokenizer, source.config)
+    # The parameters say themselves which grids they have.
+    plain = {key: value for key, value in source.config.items() if key not in PACKED_KEYS}
+    return Model(config, read_params(source, config, dtype, placement), tokenizer, plain)
+
+
+def read_architecture(source: TensorSource) -> Architecture:
+    """The architecture of a checkpoint; CheckpointError if its config describes none."""
+    try:
+        return architecture_from_config(source.config)
+    except ValueError as error:
+        file = source.path / "config.json" if source.path.is_dir() else source.path
+        raise CheckpointError(file, str(error)) from None
 
 
 def open_source(path_or_id: str | PathLike[str]) -> TensorSource:
@@ -72,33 +92,35 @@ def open_source(path_or_id: str | PathLike[str]) -> TensorSource:
     raise FileNotFoundError(f"{path_or_id} does not exist: give {ACCEPTED}.")
 
 
-def read_params(source: TensorSource, architecture: Architecture, dtype: DTypeLike = "float32") -> Any:
+def read_params(
+    source: TensorSource,
+    architecture: Architecture,
+    dtype: DTypeLike = "float32",
+    placement: Placement = one_device,
+) -> Any:
     """Read a model's parameters, one tensor at a time.
 
     Args:
         source: the checkpoint.
         architecture: says which tensor each leaf of the parameter tree is.
         dtype: of the parameters: float32 or bfloat16.
+        placement: where each array goes as soon as it is read.
 
     Returns:
-        The tree of `architecture.abstract_params()`, arrays in place of shapes; kernels are [d_in, d_out].
+        The tree of `architecture.abstract_params()`, arrays in place of shapes; kernels are [d_in, d_out], or
+        QuantizedTensors where the checkpoint packs them.
 
     Raises:
         CheckpointError: tensors are missing, of the wrong shape, left over, or not finite.
     """
     dtype = _dtype_name(dtype)
-    if "quantization_config" in source.config:
-        method = (source.config["quantization_config"] or {}).get("quant_method", "an unnamed method")
-        raise CheckpointError(
-            source.path, f"is already quantized (by {method}): give the float checkpoint it was made from."
-        )
-    leaves, structure = jax.tree_util.tree_flatten_with_path(architecture.abstract_params())
-    tensors = [architecture.tensor_name(tuple(map(_key, path))) for path, _ in leaves]
-    expected = {}
-    for (name, transposed), (_, leaf) in zip(tensors, leaves, strict=True):
-        expected[name] = leaf.shape[::-1] if transposed else leaf.shape
-    _check(source, expected)
-    arrays = [_read(source, name, transposed, dtype) for name, transposed in tensors]
+    if (packed := packed_format(source)) is not None:
+        return read_packed_params(packed, architecture, dtype, placement)
+    leaves, structure = leaves_of(source, architecture)
+    problems = float_problems(source, leaves)
+    problems += left_over_problems(source, {leaf.tensor for leaf in leaves})
+    raise_problems(source.path, problems, MISFIT)
+    arrays = [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
@@ -110,42 +132,6 @@ def _dtype_name(dtype: DTypeLike) -> str:
     if name not in PARAM_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not supported: use {' or '.join(PARAM_DTYPES)}.")
     return name
-
-
-def _key(entry: Any) -> str | int:
-    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key
-
-
-def _check(source: TensorSource, expected: dict[str, tuple[int, ...]]) -> None:
-    """Collect everything that is wrong before any tensor is read."""
-    stored = set(source.names())
-    problems = []
-    for name, shape in expected.items():
-        if name not in stored:
-            problems.append(f"{name} is missing")
-        elif source.shape(name) != shape:
-            problems.append(f"{name} has shape {source.shape(name)}, not {shape}")
-    left_over = sorted(name for name in stored - set(expected) if not COMPUTED.search(name))
-    if OUTPUT in left_over and EMBEDDING in expected:
-        # The config ties the head to the embedding: a stored copy may be dropped, another matrix may not.
-        left_over.remove(OUTPUT)
-        if not _equal(source, OUTPUT, EMBEDDING):
-            problems.append(f"{OUTPUT} differs from {EMBEDDING} though the config ties them")
-    problems += [f"{name} belongs to no part of this architecture" for name in left_over]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise CheckpointError(source.path, f"does not fit its config: {shown}.")
-
-
-def _equal(source: TensorSource, one: str, other: str) -> bool:
-    return source.shape(one) == source.shape(other) and np.array_equal(source.tensor(one), source.tensor(other))
-
-
-def _read(source: TensorSource, name: str, transposed: bool, dtype: str) -> jax.Array:
-    values = source.tensor(name)
-    if not np.isfinite(values).all():
-        raise CheckpointError(source.path, f"tensor {name!r} holds NaN or infinity.")
-    return jnp.asarray(np.ascontiguousarray(values.T if transposed else values, dtype=jnp.dtype(dtype)))
 
 
 def _download(model_id: str) -> str:

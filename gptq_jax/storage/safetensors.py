@@ -5,14 +5,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors asks for by name)
 import numpy as np
 from jaxtyping import Shaped
 
 from gptq_jax.storage.base import CheckpointError
+from gptq_jax.storage.safetensors_header import StoredTensor, first_line, read_header, unique_keys
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+AUTOGPTQ = "gptq_model-"  # gptq_model-4bit-128g.safetensors
 STORED_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
@@ -21,7 +22,7 @@ UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 class SafetensorsDirectory:
     """A `TensorSource` over a directory as `save_pretrained` writes it.
 
-    Headers of all shards are read and checked at once; tensors are read one by one through a memory map.
+    Headers of all shards are read and checked at once; tensors are read one by one, when asked.
 
     Raises:
         CheckpointError: a file is missing, corrupt, or disagrees with the index.
@@ -33,26 +34,33 @@ class SafetensorsDirectory:
         if not isinstance(config, dict):
             raise CheckpointError(self.path / "config.json", "is not a JSON object.")
         self.config: dict[str, Any] = config
-        self._shards, self._shard_of = _open_shards(self.path)
+        self._tensors = _read_shards(self.path)
 
     def names(self) -> list[str]:
         """Every tensor of every shard."""
-        return list(self._shard_of)
+        return list(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype of one tensor by safetensors' name, like "BF16" or "I32"."""
+        return self._tensors[name].dtype
 
     def tensor(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """One tensor as stored."""
-        stored = self._slice(name).get_dtype()
-        shard = self._shard_of[name]
-        if stored not in STORED_DTYPES:
+        """One float weight as stored."""
+        found = self._tensors[name]
+        if found.dtype not in STORED_DTYPES:
             raise CheckpointError(
-                self.path / shard,
-                f"tensor {name!r} is {stored}, not a float weight ({', '.join(STORED_DTYPES)}).",
+                found.file,
+                f"tensor {name!r} is {found.dtype}, not a float weight ({', '.join(STORED_DTYPES)}).",
             )
-        return self._shards[shard].get_tensor(name)
+        return found.read(name)
+
+    def packed(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """One tensor of any dtype as stored: words, indices or scales."""
+        return self._tensors[name].read(name)
 
     def tokenizer(self) -> Any | None:
         """The directory's tokenizer; its own Python code, if it has any, is never run."""
@@ -69,56 +77,47 @@ class SafetensorsDirectory:
             raise CheckpointError(self.path, "the tokenizer has no vocabulary: add tokenizer.json.")
         return tokenizer
 
-    def _slice(self, name: str) -> Any:
-        return self._shards[self._shard_of[name]].get_slice(name)
-
 
 def read_json(path: Path) -> Any:
     """Parse one JSON file of a checkpoint; CheckpointError if it is missing or no JSON."""
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        return json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except FileNotFoundError:
         raise CheckpointError(path, "does not exist.") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"is not valid JSON: {first_line(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"key {key!r} occurs twice")
-        found[key] = value
-    return found
-
-
-def _open_shards(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Shard file -> open reader, and tensor -> shard file."""
+def _read_shards(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards."""
     index = None
     if (directory / SINGLE).is_file():
         files = [SINGLE]
-    elif (directory / INDEX).is_file():
-        index = _read_index(directory / INDEX)
+    elif (found := _index(directory)) is not None:
+        index = _read_index(directory / found)
         files = sorted(set(index.values()))
     else:
         files = [_only_safetensors(directory)]
-    shards: dict[str, Any] = {}
-    shard_of: dict[str, str] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in files:
-        shards[file] = _open_file(directory / file)
-        for name in shards[file].keys():  # noqa: SIM118  (not a dict)
-            if name in shard_of:
-                raise CheckpointError(directory / file, f"tensor {name!r} is also in {shard_of[name]}.")
-            shard_of[name] = file
+        for name, tensor in read_header(directory / file).items():
+            if name in tensors:
+                raise CheckpointError(directory / file, f"tensor {name!r} is also in {tensors[name].file.name}.")
+            tensors[name] = tensor
     for name, file in (index or {}).items():
-        if shard_of.get(name) != file:
-            raise CheckpointError(directory / file, f"lacks tensor {name!r}, which {INDEX} places there.")
-    return shards, shard_of
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError(directory / file, f"lacks tensor {name!r}, which the index places there.")
+    return tensors
+
+
+def _index(directory: Path) -> str | None:
+    """The index: transformers' name for it, or the one there is (AutoGPTQ names it after its own file)."""
+    if (directory / INDEX).is_file():
+        return INDEX
+    found = sorted(file.name for file in directory.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        raise CheckpointError(directory, f"holds {len(found)} indexes, {' and '.join(found[:2])}: keep one.")
+    return found[0] if found else None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -137,8 +136,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _only_safetensors(directory: Path) -> str:
     found = sorted(file.name for file in directory.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
+    autogptq = [name for name in found if name.startswith(AUTOGPTQ)]
+    for names in (found, autogptq):
+        if len(names) == 1:
+            return names[0]
     if found:
         raise CheckpointError(directory, f"holds {len(found)} safetensors files but no {INDEX} to join them.")
     unread = sorted(file.name for file in directory.iterdir() if file.suffix in UNREAD_SUFFIXES)
@@ -149,12 +150,3 @@ def _only_safetensors(directory: Path) -> str:
             "trust them, transformers' from_pretrained(DIR).save_pretrained(NEW_DIR) writes safetensors.",
         )
     raise CheckpointError(directory, f"holds no weights: neither {SINGLE} nor {INDEX}.")
-
-
-def _open_file(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(path, f"is not a whole safetensors file: {first_line(error)}") from None

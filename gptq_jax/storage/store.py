@@ -10,10 +10,6 @@ DIR/tokenizer...    as transformers writes them
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,44 +21,20 @@ from gptq_jax.models.base import Architecture, Model
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.base import CheckpointError
+from gptq_jax.storage.directory import STORE_MARK as MANIFEST
+from gptq_jax.storage.directory import check_target, replacing, write_json
+from gptq_jax.storage.sharding import Placement, one_device
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
 from pallas_kernels.packing import packed_words
 
-MANIFEST = "gptq_jax.json"
 VERSION = 1
 _ARRAYS, _CONFIG, _REPORT = "arrays", "config.json", "report.json"
-_MARGIN = 64 * 2**20  # free bytes wanted beyond the arrays themselves
 
 
 def is_store(path: Path) -> bool:
     """Whether a directory was written by `save`."""
     return (path / MANIFEST).is_file()
-
-
-def check_target(path: str | os.PathLike[str], *, overwrite: bool, nbytes: int = 0) -> None:
-    """Raise, before any work, if a store of `nbytes` cannot be written to `path`.
-
-    Raises:
-        FileExistsError: something is there and `overwrite` is false, or it is no directory of this library's.
-        FileNotFoundError: the parent directory does not exist.
-        OSError: too little free space.
-    """
-    path = Path(path).absolute()
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(f"{path} exists: pass --overwrite (overwrite=True) to replace it.")
-        if not (path.is_dir() and (is_store(path) or not any(path.iterdir()))):
-            raise FileExistsError(f"{path} was not written by gptq-jax, and is not replaced: choose another place.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} does not exist: create it, or choose another place.")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} is not writable: choose another place.")
-    free = shutil.disk_usage(path.parent).free
-    if free < nbytes + _MARGIN:
-        raise OSError(
-            f"{path.parent} has {free / 2**20:.0f} MiB free, but {(nbytes + _MARGIN) / 2**20:.0f} are needed."
-        )
 
 
 def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -87,10 +59,10 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
     path = Path(path).absolute()
     check_target(path, overwrite=overwrite, nbytes=tree_bytes(model.params))
     arrays = _unpacked(model.params)
-    with _replacing(path) as partial:
-        _write_json(partial / _CONFIG, model.source)
+    with replacing(path) as partial:
+        write_json(partial / _CONFIG, model.source)
         if model.report is not None:
-            _write_json(partial / _REPORT, model.report)
+            write_json(partial / _REPORT, model.report)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(partial)
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -106,13 +78,15 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
                 for file in written
             },
         }
-        _write_json(partial / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
-        for entry in [partial, *partial.rglob("*")]:
-            _sync(entry)
+        write_json(partial / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
 
 
-def load_store(path: str | os.PathLike[str]) -> Model:
+def load_store(path: str | os.PathLike[str], placement: Placement = one_device) -> Model:
     """Read what `save` wrote; packed arrays stay packed.
+
+    Args:
+        path: of the directory.
+        placement: the sharding of each array, which goes straight to its devices.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another version, by name.
@@ -123,7 +97,7 @@ def load_store(path: str | os.PathLike[str]) -> Model:
     manifest = read_manifest(path)
     _verify(path, manifest["files"])
     source, config, report = _described(path, manifest)
-    target = _target(path, manifest, config)
+    target = _target(path, manifest, config, placement)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             arrays = checkpointer.restore(
@@ -251,7 +225,7 @@ def _described(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], Ar
     return source, config, report
 
 
-def _target(path: Path, manifest: dict[str, Any], config: Architecture) -> Any:
+def _target(path: Path, manifest: dict[str, Any], config: Architecture, placement: Placement = one_device) -> Any:
     """The tree to restore, as shapes: the architecture's, with the arrays of packed kernels in their place."""
     dtypes, quantized = manifest["dtypes"], _grids(path, manifest)
     leaves = jax.tree_util.tree_leaves_with_path(config.abstract_params())
@@ -275,9 +249,8 @@ def _target(path: Path, manifest: dict[str, Any], config: Architecture) -> Any:
         for field, shape in shapes.items():
             if dtypes.get(name + field) not in _DTYPES.get(field, _FLOATS):
                 raise CheckpointError(path / MANIFEST, f"gives {name + field} the dtype {dtypes.get(name + field)!r}.")
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             arrays[field.removeprefix(".")] = jax.ShapeDtypeStruct(
-                shape, jnp.dtype(dtypes[name + field]), sharding=sharding
+                shape, jnp.dtype(dtypes[name + field]), sharding=placement(name + field, shape)
             )
         return arrays if layer in quantized else arrays[""]
 
@@ -333,42 +306,9 @@ def _tokenizer(path: Path, files: dict[str, Any]) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A new directory that takes the place of `path` at the end, and leaves nothing behind if that is not reached."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-    replaced = partial.with_suffix(".replaced")
-    try:
-        os.chmod(partial, 0o755)  # mkdtemp's is private
-        yield partial
-        if path.exists():
-            os.rename(path, replaced)
-        os.rename(partial, path)
-        _sync(path.parent)
-    except BaseException:
-        if replaced.exists() and not path.exists():
-            os.rename(replaced, path)
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _digest(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _read_json(path: Path) -> Any:

@@ -114,8 +114,8 @@ def test_non_finite_weights_are_named(tmp_path, value):
         read(checkpoint(tmp_path, **{"model.norm.weight": norm}))
 
 
-def test_quantized_checkpoints_are_told_apart(tmp_path):
-    with pytest.raises(CheckpointError, match=r"already quantized \(by awq\)"):
+def test_float_weights_under_a_packed_config(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json says awq, but no module has a tensor qweight"):
         read(checkpoint(tmp_path, config={"quantization_config": {"quant_method": "awq"}}))
 
 

@@ -16,7 +16,7 @@ from tiny_quantization import float_model
 from gptq_jax.methods import gptq_solve
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.spec import QuantSpec
-from gptq_jax.storage import CheckpointError, load, save, store
+from gptq_jax.storage import CheckpointError, directory, load, save, store
 from gptq_jax.tensor import QuantizedTensor
 
 
@@ -360,13 +360,13 @@ def test_the_parent_must_exist(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("at", ["_write_json", "_digest", "_sync", "os.rename"])
+@pytest.mark.parametrize("at", ["write_json", "_digest", "sync", "os.rename"])
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_save_cut_short_leaves_everything_as_it_was(copy, monkeypatch, at, error, existing):
     target = copy if existing else copy.parent / "new"
     before = contents(copy)
     calls = 0
-    module, name = (os, "rename") if at == "os.rename" else (store, at)
+    module, name = {"os.rename": (os, "rename"), "sync": (directory, "sync")}.get(at, (store, at))
     real = getattr(module, name)
 
     def fails(*args):

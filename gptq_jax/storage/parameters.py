@@ -1,0 +1,112 @@
+"""Which stored tensor each parameter of a model is, whether all fit, and the float ones as arrays."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from gptq_jax.models.base import Architecture
+from gptq_jax.storage.base import CheckpointError, TensorSource
+from gptq_jax.storage.sharding import Placement
+
+# Constants that old checkpoints store although the model computes them.
+COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+MISFIT = "does not fit its config: "
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter of a model.
+
+    Attributes:
+        path: in the tree, like "layers.3.mlp.down_proj.kernel".
+        tensor: Hugging Face's name of it.
+        transposed: the tensor is stored as [d_out, d_in].
+        shape: of the parameter.
+    """
+
+    path: str
+    tensor: str
+    transposed: bool
+    shape: tuple[int, ...]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the float tensor."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Leaf], Any]:
+    """The parameters in the order of the tree, and the structure that they fill.
+
+    Raises:
+        CheckpointError: the config names more layers than the checkpoint has tensors.
+    """
+    stored = len(source.names())
+    if architecture.num_layers > stored:  # before so many shapes are made
+        raise CheckpointError(
+            source.path, f"{MISFIT}num_hidden_layers is {architecture.num_layers}, but there are {stored} tensors."
+        )
+    leaves, structure = _leaves(architecture)
+    return list(leaves), structure
+
+
+def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
+    """What keeps float tensors from being these parameters, each a phrase."""
+    stored, problems = set(source.names()), []
+    for leaf in leaves:
+        if leaf.tensor not in stored:
+            problems.append(f"{leaf.tensor} is missing")
+        elif source.shape(leaf.tensor) != leaf.stored_shape:
+            problems.append(f"{leaf.tensor} has shape {source.shape(leaf.tensor)}, not {leaf.stored_shape}")
+    return problems
+
+
+def left_over_problems(source: TensorSource, used: set[str]) -> list[str]:
+    """The tensors that nothing uses, each a phrase."""
+    problems = []
+    left_over = sorted(name for name in set(source.names()) - used if not COMPUTED.search(name))
+    if OUTPUT in left_over and EMBEDDING in used:
+        # The config ties the head to the embedding: a stored copy may be dropped, another matrix may not.
+        left_over.remove(OUTPUT)
+        if not _equal(source, OUTPUT, EMBEDDING):
+            problems.append(f"{OUTPUT} differs from {EMBEDDING} though the config ties them")
+    return problems + [f"{name} belongs to no part of this architecture" for name in left_over]
+
+
+def read_float(source: TensorSource, leaf: Leaf, dtype: str) -> Float[np.ndarray, "..."]:
+    """One float parameter; CheckpointError if it is not finite."""
+    values = source.tensor(leaf.tensor)
+    if not np.isfinite(values).all():
+        raise CheckpointError(source.path, f"tensor {leaf.tensor!r} holds NaN or infinity.")
+    return np.ascontiguousarray(values.T if leaf.transposed else values, dtype=jnp.dtype(dtype))
+
+
+def put(array: Shaped[np.ndarray, "..."], name: str, placement: Placement) -> Shaped[Array, "..."]:
+    """The array on the devices that `placement` gives it by its name in the tree."""
+    return jax.device_put(array, placement(name, array.shape))
+
+
+@lru_cache(maxsize=8)
+def _leaves(architecture: Architecture) -> tuple[tuple[Leaf, ...], Any]:
+    found, structure = jax.tree_util.tree_flatten_with_path(architecture.abstract_params())
+    leaves = []
+    for keys, leaf in found:
+        tensor, transposed = architecture.tensor_name(tuple(map(_key, keys)))
+        leaves.append(Leaf(jax.tree_util.keystr(keys, simple=True, separator="."), tensor, transposed, leaf.shape))
+    return tuple(leaves), structure
+
+
+def _key(entry: Any) -> str | int:
+    return entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key
+
+
+def _equal(source: TensorSource, one: str, other: str) -> bool:
+    return source.shape(one) == source.shape(other) and np.array_equal(source.tensor(one), source.tensor(other))

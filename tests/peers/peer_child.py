@@ -1,0 +1,68 @@
+"""Run an exported checkpoint in another library, in a process of its own: no jax here.
+
+    python peer_child.py gptqmodel|transformers|transformers-plain DIR REQUEST.npz ANSWER.npz
+
+REQUEST holds prompts (padded by -1), new_tokens and tokens; ANSWER the greedy continuation of each prompt and the
+logits of tokens.
+"""
+
+import os
+import sys
+
+# Compilation takes minutes, and one optimized CPU kernel is as good a reader as another.
+os.environ.update(GPTQMODEL_CPU_WORKERS="2", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
+
+import numpy as np
+import torch
+
+DTYPE = torch.float16
+
+
+def by_gptqmodel(path):
+    from gptqmodel import BACKEND, GPTQModel
+
+    return GPTQModel.load(path, backend=BACKEND.TORCH, device="cpu", dtype=DTYPE, offload_to_disk=False).model
+
+
+def by_transformers(path):
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    with_backend = GPTQConfig(bits=4, backend="torch")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, device_map="cpu", quantization_config=with_backend)
+
+
+def by_transformers_plainly(path):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, device_map="cpu")
+
+
+LOADERS = {
+    "gptqmodel": by_gptqmodel,
+    "transformers": by_transformers,
+    "transformers-plain": by_transformers_plainly,
+}
+
+
+def main(kind, path, request, answer):
+    asked = np.load(request)
+    # GPTQModel takes 16 bits only when it loads; in float32 the codes are what is compared, not rounding.
+    model = LOADERS[kind](path).eval().float()
+    found = {"kernel": np.array(type(model.model.layers[0].mlp.down_proj).__name__)}
+    with torch.inference_mode():
+        for index, padded in enumerate(asked["prompts"]):
+            prompt = torch.from_numpy(padded[padded >= 0])[None]
+            out = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=int(asked["new_tokens"]),
+                do_sample=False,
+                pad_token_id=0,
+            )
+            found[f"greedy{index}"] = out[0, prompt.shape[1] :].numpy()
+        found["logits"] = model(torch.from_numpy(asked["tokens"])).logits.float().numpy()
+    np.savez(answer, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
