@@ -29,7 +29,8 @@ class Implementation(NamedTuple):
             `check` cannot know. None where the canonical layout serves, and is kept as it is.
         transposed: (dy [tokens, d_out], arrays) -> dy @ weight.T [tokens, d_in] in the dtype of `dy`, for an
             implementation that JAX cannot differentiate or batch; None for one that it can.
-        grouped: (x, stacked arrays, group_sizes) -> [tokens, d_out]; None where experts are declined.
+        grouped: (x, stacked arrays, group_sizes) -> [tokens, d_out], differentiable in `x`; None where experts
+            are declined.
         fallback: whether using it on a GPU deserves a warning.
     """
 
@@ -41,7 +42,7 @@ class Implementation(NamedTuple):
     fallback: bool = False
 
 
-def _kernel(module: str) -> Implementation:
+def _kernel(module: str, *, grouped: bool = False) -> Implementation:
     """The implementation in a module of `mosaic_gpu`, imported when it is first asked for."""
 
     def late(name: str) -> Callable[..., Any]:
@@ -50,12 +51,14 @@ def _kernel(module: str) -> Implementation:
 
         return call
 
-    return Implementation(late("check"), late("run"), late("prepare"), late("transposed"))
+    return Implementation(
+        late("check"), late("run"), late("prepare"), late("transposed"), late("grouped") if grouped else None
+    )
 
 
 # In the order in which they are tried; the reference, last, declines nothing.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "mosaic_hopper": _kernel("hopper"),
+    "mosaic_hopper": _kernel("hopper", grouped=True),
     "mosaic_ampere": _kernel("ampere"),
     "xla_tiled": Implementation(xla_tiled.check, xla_tiled.matmul, grouped=grouped.by_blocks, fallback=True),
     "reference": Implementation(reference.check, reference.matmul, grouped=grouped.by_ragged_dot, fallback=True),
@@ -159,7 +162,7 @@ def grouped_matmul(
         x: float32, bfloat16 or float16, sorted by expert.
         weight: a stack of experts, canonical or prepared: every array has a leading axis.
         group_sizes: rows of each expert, which come one after another; rows past the last are zero in the result.
-        implementation: as for `quantized_matmul`. The Mosaic kernels have no grouped form and decline.
+        implementation: as for `quantized_matmul`. The kernel for Ampere has no grouped form and declines.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as for `quantized_matmul`.
