@@ -42,7 +42,7 @@ class Implementation(NamedTuple):
     fallback: bool = False
 
 
-def _kernel(module: str, *, grouped: bool = False) -> Implementation:
+def _kernel(module: str) -> Implementation:
     """The implementation in a module of `mosaic_gpu`, imported when it is first asked for."""
 
     def late(name: str) -> Callable[..., Any]:
@@ -51,14 +51,12 @@ def _kernel(module: str, *, grouped: bool = False) -> Implementation:
 
         return call
 
-    return Implementation(
-        late("check"), late("run"), late("prepare"), late("transposed"), late("grouped") if grouped else None
-    )
+    return Implementation(late("check"), late("run"), late("prepare"), late("transposed"), late("grouped"))
 
 
 # In the order in which they are tried; the reference, last, declines nothing.
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "mosaic_hopper": _kernel("hopper", grouped=True),
+    "mosaic_hopper": _kernel("hopper"),
     "mosaic_ampere": _kernel("ampere"),
     "xla_tiled": Implementation(xla_tiled.check, xla_tiled.matmul, grouped=grouped.by_blocks, fallback=True),
     "reference": Implementation(reference.check, reference.matmul, grouped=grouped.by_ragged_dot, fallback=True),
@@ -162,7 +160,7 @@ def grouped_matmul(
         x: float32, bfloat16 or float16, sorted by expert.
         weight: a stack of experts, canonical or prepared: every array has a leading axis.
         group_sizes: rows of each expert, which come one after another; rows past the last are zero in the result.
-        implementation: as for `quantized_matmul`. The kernel for Ampere has no grouped form and declines.
+        implementation: as for `quantized_matmul`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as for `quantized_matmul`.

@@ -18,6 +18,7 @@ from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.weight import PackedWeight, Problem
 
 SHARED_BYTES = 232448 - 1024  # of a block, less what barriers take
+_STAGES = 4  # where parts are long enough
 
 
 def check(problem: Problem) -> None:
@@ -67,11 +68,14 @@ def _grouped_tiling(x: Float[Array, "tokens d_in"], weights: ShuffledWeight, cou
     tiling = tuning.choose(compat.device_kind(), problem)
     if tiling.regime == "prefill":
         tiling = tuning.heuristic(problem)
-    n_tiles = weights.n_padded // TILE_N
+    # Other experts' blocks fill the card too, so that parts can be longer, and no block is of two experts.
+    split_k = -(-tiling.split_k // min(count, x.shape[0]))
+    stages = tiling.stages if split_k == tiling.split_k else max(tiling.stages, _STAGES)
     return replace(
         tiling,
-        split_k=-(-tiling.split_k // min(count, x.shape[0])),  # other experts' blocks fill the card too
-        warpgroups=math.gcd(tiling.warpgroups, n_tiles),  # which share no block of two experts
+        split_k=split_k,
+        stages=stages,
+        warpgroups=math.gcd(tiling.warpgroups, weights.n_padded // TILE_N),
     )
 
 

@@ -9,7 +9,7 @@ import packed_weights
 import pytest
 from kernel_cases import inputs, packed
 
-from pallas_kernels.api import explain, grouped_matmul, prepare
+from pallas_kernels.api import IMPLEMENTATIONS, explain, grouped_matmul, prepare
 from pallas_kernels.grouped import block_rows, cut
 from pallas_kernels.weight import PackedWeight, describe
 
@@ -134,10 +134,11 @@ def test_there_are_always_enough_blocks(rows):
             assert int(jnp.sum(blocks.expert >= 0)) == sum(-(-size // rows) for size in sizes)
 
 
-def test_which_kernels_have_a_grouped_form():
+def test_an_implementation_without_a_grouped_form_says_so(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla_tiled", IMPLEMENTATIONS["xla_tiled"]._replace(grouped=None))
     explained = explain(describe(stack(CASES), 8, jnp.bfloat16, "gpu"))
-    assert explained["mosaic_ampere"] == "has no grouped kernel for 4 stacked experts."
-    assert all("no grouped kernel" not in answer for name, answer in explained.items() if name != "mosaic_ampere")
+    assert explained["xla_tiled"] == "has no grouped kernel for 4 stacked experts."
+    assert not any("grouped" in answer for name, answer in explained.items() if name != "xla_tiled")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pallas_kernels.mosaic_gpu import compat, tuning
 from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.weight import PackedWeight
 
-KERNELS = ("mosaic_hopper",)
+KERNELS = ("mosaic_hopper", "mosaic_ampere")
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
