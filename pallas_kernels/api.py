@@ -29,7 +29,8 @@ class Implementation(NamedTuple):
             `check` cannot know. None where the canonical layout serves, and is kept as it is.
         transposed: (dy [tokens, d_out], arrays) -> dy @ weight.T [tokens, d_in] in the dtype of `dy`, for an
             implementation that JAX cannot differentiate or batch; None for one that it can.
-        grouped: (x, stacked arrays, group_sizes) -> [tokens, d_out]; None where experts are declined.
+        grouped: (x, stacked arrays, group_sizes) -> [tokens, d_out], differentiable in `x`; None where experts
+            are declined.
         fallback: whether using it on a GPU deserves a warning.
     """
 
@@ -50,7 +51,7 @@ def _kernel(module: str) -> Implementation:
 
         return call
 
-    return Implementation(late("check"), late("run"), late("prepare"), late("transposed"))
+    return Implementation(late("check"), late("run"), late("prepare"), late("transposed"), late("grouped"))
 
 
 # In the order in which they are tried; the reference, last, declines nothing.
@@ -159,7 +160,7 @@ def grouped_matmul(
         x: float32, bfloat16 or float16, sorted by expert.
         weight: a stack of experts, canonical or prepared: every array has a leading axis.
         group_sizes: rows of each expert, which come one after another; rows past the last are zero in the result.
-        implementation: as for `quantized_matmul`. The Mosaic kernels have no grouped form and decline.
+        implementation: as for `quantized_matmul`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as for `quantized_matmul`.

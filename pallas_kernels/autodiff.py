@@ -13,18 +13,19 @@ Product = Callable[[Array, Any], Array]  # (rows [tokens, n], a weight's arrays)
 
 
 @lru_cache
-def differentiable(run: Product, transposed: Product) -> Product:
+def differentiable(run: Product, transposed: Product, rows_apart: bool = True) -> Product:
     """`run` with the gradient in `x` that `transposed` gives, usable under jit, grad, vmap and checkpoint.
 
     Args:
         run: (x [tokens, d_in], arrays) -> x @ weight.
         transposed: (dy [tokens, d_out], arrays) -> dy @ weight.T, in the dtype of dy.
+        rows_apart: as for `batchable`.
 
     Returns:
         The same function for the same arguments, so that what is compiled with it is found again. It has no
         gradient in the weight's arrays: asking for one is a NotImplementedError.
     """
-    forward, backward = batchable(run), batchable(transposed)
+    forward, backward = batchable(run, rows_apart), batchable(transposed, rows_apart)
 
     @jax.custom_vjp
     def product(x: Float[Array, "tokens d_in"], arrays: Any) -> Float[Array, "tokens d_out"]:
@@ -48,8 +49,14 @@ def differentiable(run: Product, transposed: Product) -> Product:
     return product
 
 
-def batchable(function: Product) -> Product:
-    """`function` under vmap: rows of a batch are tokens too; batched weights are taken one after another."""
+def batchable(function: Product, rows_apart: bool = True) -> Product:
+    """`function` under vmap: rows of a batch are tokens too; batched weights are taken one after another.
+
+    Args:
+        function: a product.
+        rows_apart: whether a row's result depends on that row alone, wherever it is; else the elements of every
+            batch are taken one after another.
+    """
 
     @custom_vmap
     def product(x: Float[Array, "tokens n"], arrays: Any) -> Float[Array, "tokens m"]:
@@ -60,7 +67,7 @@ def batchable(function: Product) -> Product:
         x_batched, arrays_batched = which
         leaves, tree = jax.tree.flatten(arrays)
         moving = jax.tree.leaves(arrays_batched)
-        if not any(moving):
+        if rows_apart and not any(moving):
             y = product(x.reshape(-1, x.shape[-1]), arrays)
             return y.reshape(size, -1, y.shape[-1]), True
 

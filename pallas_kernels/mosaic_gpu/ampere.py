@@ -7,16 +7,19 @@ zero and the product of each group is scaled in float32, so that no scale is rou
 
     out = sum_g scale[g] * (sum_k code[k] x[k]) - sum_g (scale[g] * zero[g]) * (sum_k x[k]),  k in group g
 
-Beyond `MIDDLE_TOKENS` tokens the weight is made float once and the vendor's product taken.
+Beyond `MIDDLE_TOKENS` tokens the weight is made float once and the vendor's product taken, but not of stacked
+experts.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32, Integer
 
-from pallas_kernels.mosaic_gpu import compat, prefill
+from pallas_kernels.autodiff import differentiable
+from pallas_kernels.grouped import block_rows
+from pallas_kernels.mosaic_gpu import compat, experts, prefill
 from pallas_kernels.mosaic_gpu.layout import (
     PLANES,
     TILE_K,
@@ -53,7 +56,7 @@ def run(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Float[Array, 
     """`x @ weight`, summed in float32, in the dtype of `x`."""
     if x.shape[0] > MIDDLE_TOKENS:
         return prefill.matmul(x, weight)
-    return matmul(x, weight, choose(x.shape[0], weight))
+    return matmul(in_row_order(x, weight), weight, choose(x.shape[0], weight))
 
 
 def transposed(dy: Float[Array, "tokens d_out"], weight: ShuffledWeight) -> Float[Array, "tokens d_in"]:
@@ -61,41 +64,82 @@ def transposed(dy: Float[Array, "tokens d_out"], weight: ShuffledWeight) -> Floa
     return prefill.transposed(dy, weight)
 
 
-def choose(tokens: int, weight: ShuffledWeight) -> Tiling:
-    """How the product is cut up: tiles that fit the registers, and parts enough to fill an A100."""
+def grouped(
+    x: Float[Array, "tokens d_in"], weights: ShuffledWeight, group_sizes: Integer[Array, "experts"]
+) -> Float[Array, "tokens d_out"]:
+    """Rows of `x`, sorted by expert, each times its expert's weight; differentiable in `x`, and to be mapped over."""
+    return differentiable(_grouped, experts.transposed, rows_apart=False)(x, (weights, group_sizes))
+
+
+def _grouped(x: Float[Array, "tokens d_in"], stack: experts.Stack) -> Float[Array, "tokens d_out"]:
+    weights, group_sizes = stack
+    tokens, count = x.shape[0], group_sizes.shape[0]
+    tiling = choose(block_rows(tokens, count), weights, min(tokens, count))
+    return experts.product(x, stack, tiling.tile_m, lambda rows, of_tiles: matmul(rows, weights, tiling, of_tiles))
+
+
+def choose(tokens: int, weight: ShuffledWeight, products: int = 1) -> Tiling:
+    """How one of so many products is cut up: tiles that fit the registers, and parts enough to fill an A100."""
     large = weight.group_rows >= TILE_K  # else the sums of a step's groups, all in flight, need more registers
     tile_m = next(tile for tile in (8, 16, 32, 64) if tokens <= tile or tile == (64 if large else 32))
     tile_n = 2 * TILE_N if tile_m == 32 and large else TILE_N
     tile_k = 2 * TILE_K if tile_m <= 16 and weight.k_padded % (2 * TILE_K) == 0 else TILE_K
     steps = weight.k_padded // tile_k
-    blocks = -(-weight.n_padded // tile_n) * -(-tokens // tile_m)
+    blocks = products * -(-weight.n_padded // tile_n) * -(-tokens // tile_m)
     split_k = max(1, min(_BLOCKS // blocks, steps // _LEAST_STEPS))
     return Tiling(tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, stages=min(4, steps // split_k), split_k=split_k)
 
 
-def matmul(x: Float[Array, "tokens d_in"], weight: ShuffledWeight, tiling: Tiling) -> Float[Array, "tokens d_out"]:
+def matmul(
+    x: Float[Array, "tokens d_in"],
+    weight: ShuffledWeight,
+    tiling: Tiling,
+    of_tiles: Int32[Array, "m_tiles"] | None = None,
+) -> Float[Array, "tokens d_out"]:
     """`x @ weight` by the kernel.
 
     Args:
-        x: bfloat16 or float16.
+        x: bfloat16 or float16, its inputs in the order of the weight's rows.
         weight: shuffled.
         tiling: `tile_n` a multiple of 64, `tile_k` of 128.
+        of_tiles: for a stacked weight, the expert of each tile of tokens; negative for a tile whose result is
+            undefined.
     """
     tokens = x.shape[0]
     padding = (0, round_up(tokens, tiling.tile_m) - tokens), (0, weight.k_padded - weight.d_in)
-    rows = jnp.pad(in_row_order(x, weight), padding)
-    out = jnp.sum(_parts(rows, weight, tiling), axis=0)
-    scales = weight.scales.astype(jnp.float32)
-    if _one_scale(weight):
-        out = out * scales.T
-    if weight.zeros is not None:
-        sums = group_sums(rows, weight, rows.shape[0])
-        out = out - jnp.matmul((scales * weight.zeros).T, sums, precision="highest")
+    rows = jnp.pad(x, padding)
+    out = jnp.sum(_parts(rows, weight, tiling, of_tiles), axis=0)
+    sums = None if weight.zeros is None else group_sums(rows, weight, rows.shape[0])
+    if of_tiles is None:
+        out = _finished(out, sums, weight.scales, weight.zeros)
+    else:
+        of_tile = jnp.maximum(of_tiles, 0)
+        grid = jax.tree.map(lambda leaf: leaf[of_tile], (weight.scales, weight.zeros))
+        tiled = jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1, tiling.tile_m), (out, sums))
+        out = jax.vmap(_finished, in_axes=(1, 1, 0, 0), out_axes=1)(*tiled, *grid).reshape(out.shape)
     return out.T[:tokens, : weight.d_out].astype(x.dtype)
 
 
+def _finished(
+    out: Float32[Array, "n_padded tokens"],
+    sums: Float32[Array, "groups tokens"] | None,
+    scales: Float[Array, "groups n_padded"],
+    zeros: Float32[Array, "groups n_padded"] | None,
+) -> Float32[Array, "n_padded tokens"]:
+    """What the kernel leaves to XLA: the scales, where each column has one, and the zeros' term."""
+    scales = scales.astype(jnp.float32)
+    if scales.shape[0] == 1:
+        out = out * scales.T
+    if zeros is not None and sums is not None:
+        out = out - jnp.matmul((scales * zeros).T, sums, precision="highest")
+    return out
+
+
 def _parts(
-    x: Float[Array, "tokens k_padded"], weight: ShuffledWeight, tiling: Tiling
+    x: Float[Array, "tokens k_padded"],
+    weight: ShuffledWeight,
+    tiling: Tiling,
+    of_tiles: Int32[Array, "m_tiles"] | None,
 ) -> Float32[Array, "split_k n_padded tokens"]:
     """The product about zero of each part of the inputs; unscaled where each column has one scale."""
     from jax.experimental import pallas as pl
@@ -110,7 +154,7 @@ def _parts(
     groups = tile_k // columns
     accumulator = plgpu.Layout.MMA_ACC(dtype)
 
-    def kernel(x_gmem: Any, scales_gmem: Any, *refs: Any) -> None:
+    def block(expert: Any, x_gmem: Any, scales_gmem: Any, *refs: Any) -> None:
         *planes_gmem, out_gmem = refs
         m, part = jax.lax.axis_index("m"), jax.lax.axis_index("part")
         first = part * steps // split_k
@@ -124,7 +168,7 @@ def _parts(
             """The scales of a step for the rows of each thread, by subtile and group."""
             if _one_scale(weight):
                 return ()
-            row = jnp.minimum(step, steps - 1) * groups
+            row = (expert * steps + jnp.minimum(step, steps - 1)) * groups
             return tuple(
                 tuple(
                     plgpu.load(
@@ -172,7 +216,7 @@ def _parts(
         transforms = swizzled(min(columns, tile_m * tile_k // 32), dtype)  # each of four warps copies whole tiles
         x_spec = plgpu.BlockSpec((tile_m, tile_k), lambda i: (m, first + i), transforms=transforms)
         plane_specs = [
-            plgpu.BlockSpec((tiles * plane_bits, WORDS), lambda i, n=n: (n * steps + first + i, 0))
+            plgpu.BlockSpec((tiles * plane_bits, WORDS), lambda i, n=n: ((expert * n_tiles + n) * steps + first + i, 0))
             for plane_bits in PLANES[weight.bits]
             for n in n_of
         ]
@@ -186,14 +230,17 @@ def _parts(
         for n, total in zip(n_of, totals, strict=True):
             out_gmem.at[part, pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)][...] = total
 
-    return plgpu.kernel(
-        kernel,
+    launch = experts.of_experts(
+        of_tiles,
+        block,
         out_type=jax.ShapeDtypeStruct((split_k, weight.n_padded, tokens), jnp.float32),
         grid=(-(-n_tiles // subtiles), tokens // tile_m, split_k),
         grid_names=("n", "m", "part"),
         kernel_name="ampere",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(x, weight.scales, *weight.planes)
+    )
+    planes = (plane.reshape(-1, WORDS) for plane in weight.planes)
+    return launch(x, weight.scales.reshape(-1, weight.n_padded), *planes)
 
 
 def _mma(

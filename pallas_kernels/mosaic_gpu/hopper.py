@@ -1,12 +1,15 @@
 """`mosaic_hopper`: x @ packed weight on GPUs of compute capability 9; one kernel for few tokens, one for some."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Integer
 
-from pallas_kernels.mosaic_gpu import compat, prefill, tuning
+from pallas_kernels.autodiff import differentiable
+from pallas_kernels.grouped import block_rows
+from pallas_kernels.mosaic_gpu import compat, experts, prefill, tuning
 from pallas_kernels.mosaic_gpu.hopper_decode import decode
 from pallas_kernels.mosaic_gpu.hopper_middle import STORED_TOKENS, middle
 from pallas_kernels.mosaic_gpu.layout import TILE_N, ShuffledWeight, kernel_group_rows, shuffle
@@ -15,6 +18,7 @@ from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.weight import PackedWeight, Problem
 
 SHARED_BYTES = 232448 - 1024  # of a block, less what barriers take
+_STAGES = 4  # where parts are long enough
 
 
 def check(problem: Problem) -> None:
@@ -42,6 +46,37 @@ def run(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Float[Array, 
 def transposed(dy: Float[Array, "tokens d_out"], weight: ShuffledWeight) -> Float[Array, "tokens d_in"]:
     """`dy @ weight.T`, by way of the whole float weight."""
     return prefill.transposed(dy, weight)
+
+
+def grouped(
+    x: Float[Array, "tokens d_in"], weights: ShuffledWeight, group_sizes: Integer[Array, "experts"]
+) -> Float[Array, "tokens d_out"]:
+    """Rows of `x`, sorted by expert, each times its expert's weight; differentiable in `x`, and to be mapped over."""
+    return differentiable(_grouped, experts.transposed, rows_apart=False)(x, (weights, group_sizes))
+
+
+def _grouped(x: Float[Array, "tokens d_in"], stack: experts.Stack) -> Float[Array, "tokens d_out"]:
+    weights, group_sizes = stack
+    tiling = fitted(_grouped_tiling(x, weights, group_sizes.shape[0]), weights, x.dtype)
+    kernel = decode if tiling.regime == "decode" else middle
+    return experts.product(x, stack, tiling.tile_m, lambda rows, of_tiles: kernel(rows, weights, tiling, of_tiles))
+
+
+def _grouped_tiling(x: Float[Array, "tokens d_in"], weights: ShuffledWeight, count: int) -> Tiling:
+    """That of an expert's average share of the tokens, but for parts and warpgroups."""
+    problem = replace(_problem(x, weights), tokens=block_rows(x.shape[0], count))
+    tiling = tuning.choose(compat.device_kind(), problem)
+    if tiling.regime == "prefill":
+        tiling = tuning.heuristic(problem)
+    # Other experts' blocks fill the card too, so that parts can be longer, and no block is of two experts.
+    split_k = -(-tiling.split_k // min(count, x.shape[0]))
+    stages = tiling.stages if split_k == tiling.split_k else max(tiling.stages, _STAGES)
+    return replace(
+        tiling,
+        split_k=split_k,
+        stages=stages,
+        warpgroups=math.gcd(tiling.warpgroups, weights.n_padded // TILE_N),
+    )
 
 
 def fitted(tiling: Tiling, weight: ShuffledWeight, x_dtype: Any) -> Tiling:

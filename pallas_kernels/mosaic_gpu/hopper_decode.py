@@ -9,40 +9,49 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic_gpu import compat
+from pallas_kernels.mosaic_gpu.experts import of_experts
 from pallas_kernels.mosaic_gpu.layout import PLANES, TILE_K, TILE_N, WORDS, ShuffledWeight, round_up
 from pallas_kernels.mosaic_gpu.operands import copyable, group_sums, swizzled
 from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.mosaic_gpu.unpack import load_tile, unpack_piece
 
 
-def decode(x: Float[Array, "tokens d_in"], weight: ShuffledWeight, tiling: Tiling) -> Float[Array, "tokens d_out"]:
+def decode(
+    x: Float[Array, "tokens d_in"],
+    weight: ShuffledWeight,
+    tiling: Tiling,
+    experts: Int32[Array, "m_tiles"] | None = None,
+) -> Float[Array, "tokens d_out"]:
     """`x @ weight`, summed in float32, in the dtype of `x`.
 
     Args:
         x: bfloat16 or float16, its inputs in the order of the weight's rows.
         weight: see `layout`.
         tiling: `tile_m` 8, 16, 32 or 64; `tile_n` 64.
+        experts: for a stacked weight, that of each tile of tokens; negative for a tile whose result is undefined.
     """
     tokens = x.shape[0]
     x = copyable(x)
-    operands = [x, *weight.planes, weight.scales]
+    operands = [x, *(plane.reshape(-1, WORDS) for plane in weight.planes), weight.scales.reshape(-1, weight.n_padded)]
     if weight.zeros is not None:
-        operands += [weight.zeros, group_sums(x, weight, round_up(tokens, tiling.tile_m))]
-    out = _kernel(x, weight, tiling)(*operands)
+        operands += [weight.zeros.reshape(-1, weight.n_padded), group_sums(x, weight, round_up(tokens, tiling.tile_m))]
+    out = _kernel(x, weight, tiling, experts)(*operands)
     if tiling.split_k > 1:
         return jnp.sum(out, axis=0)[: weight.d_out, :tokens].T.astype(x.dtype)
     return out[:tokens, : weight.d_out]
 
 
-def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling) -> Any:
+def _kernel(
+    x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling, experts: Int32[Array, "m_tiles"] | None
+) -> Any:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     dtype, bits, tile_m, tile_k, parts = x.dtype, weight.bits, tiling.tile_m, tiling.tile_k, tiling.split_k
-    plane_count, steps = len(PLANES[bits]), weight.k_padded // tile_k
+    plane_count, steps, n_tiles = len(PLANES[bits]), weight.k_padded // tile_k, weight.n_padded // TILE_N
     one_scale = weight.group_rows == weight.k_padded
     columns = min(weight.group_rows, TILE_K)  # of a fragment
     # Fragments whose products are summed before they are scaled; of one scale a column, all of a step.
@@ -64,7 +73,7 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
             product = product - wide(zeros, 0) * wide(sums, 1)
         return product * wide(scales, 0)
 
-    def kernel(x_gmem: Any, *refs: Any, out_smem: Any, staged: Any = None) -> None:
+    def block(expert: Any, x_gmem: Any, *refs: Any, out_smem: Any, staged: Any = None) -> None:
         *weight_gmem, out_gmem = refs
         grid_gmem = weight_gmem[plane_count:]
         n, m, part = jax.lax.axis_index("n"), jax.lax.axis_index("m"), jax.lax.axis_index("part")
@@ -107,13 +116,13 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
             return total
 
         def planes_at(k: Any) -> Any:
-            return n * steps + first + k, 0
+            return (expert * n_tiles + n) * steps + first + k, 0
 
         specs = [plgpu.BlockSpec((tile_m, tile_k), lambda k: (m, first + k), transforms=x_in_smem)]
         for plane_bits in PLANES[bits]:
             specs.append(plgpu.BlockSpec((tile_k // TILE_K * plane_bits, WORDS), planes_at))
         if not one_scale:
-            of_rows = plgpu.BlockSpec((groups, TILE_N), lambda k: (first + k, n))
+            of_rows = plgpu.BlockSpec((groups, TILE_N), lambda k: (expert * steps + first + k, n))
             of_tokens = plgpu.BlockSpec((groups, tile_m), lambda k: (first + k, m))
             specs += [of_rows, of_rows, of_tokens][: len(grid_gmem)]
         total = plgpu.emit_pipeline(
@@ -126,7 +135,7 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
         if one_scale:
             # The sums are of all parts.
             sums = [token_vector(ref, 0, tokens) * (part == 0).astype(jnp.float32) for ref in grid_gmem[2:]]
-            total = scaled(total, *(row_vector(ref, 0, outputs) for ref in grid_gmem[:2]), *sums)
+            total = scaled(total, *(row_vector(ref, expert, outputs) for ref in grid_gmem[:2]), *sums)
         if parts > 1:
             out_smem[...] = total
             window = out_gmem.at[part, outputs, tokens]
@@ -146,11 +155,12 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
         scratch = {"out_smem": plgpu.SMEM((tile_m, TILE_N), dtype, transforms=swizzled(TILE_N, dtype))}
     if compat.interpreting():  # which knows no left operand in registers
         scratch["staged"] = plgpu.SMEM((TILE_N, columns), dtype, transforms=x_in_smem)
-    return plgpu.kernel(
-        kernel,
+    return of_experts(
+        experts,
+        block,
         out_type=out,
         scratch_types=scratch,
-        grid=(weight.n_padded // TILE_N, m_tiles, parts),
+        grid=(n_tiles, m_tiles, parts),
         grid_names=("n", "m", "part"),
         kernel_name="hopper_decode",
     )

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.mosaic_gpu import compat
+from pallas_kernels.mosaic_gpu.experts import of_experts
 from pallas_kernels.mosaic_gpu.layout import PLANES, TILE_K, TILE_N, WORDS, ShuffledWeight, round_up
 from pallas_kernels.mosaic_gpu.operands import copyable, group_sums, swizzled
 from pallas_kernels.mosaic_gpu.tuning import Tiling
@@ -21,30 +22,40 @@ _MEMORY_REGISTERS = 40  # of the warpgroup that copies; the others share the res
 STORED_TOKENS = 32  # written out at a time, so that shared memory is left for the stages
 
 
-def middle(x: Float[Array, "tokens d_in"], weight: ShuffledWeight, tiling: Tiling) -> Float[Array, "tokens d_out"]:
+def middle(
+    x: Float[Array, "tokens d_in"],
+    weight: ShuffledWeight,
+    tiling: Tiling,
+    experts: Int32[Array, "m_tiles"] | None = None,
+) -> Float[Array, "tokens d_out"]:
     """`x @ weight`, summed in float32, in the dtype of `x`.
 
     Args:
         x: bfloat16 or float16, its inputs in the order of the weight's rows.
         weight: see `layout`.
         tiling: `tile_m` a multiple of 32 up to 256, `tile_n` 64, `warpgroups` 1 or 2.
+        experts: for a stacked weight, that of each tile of tokens; negative for a tile whose result is undefined.
+            `warpgroups` must then divide the weight's tiles of outputs.
     """
     tokens = x.shape[0]
     x = copyable(x)
     # A row for each tile of outputs: the tiles of a block's warpgroups are far apart.
-    planes = [plane.reshape(weight.n_padded // TILE_N, -1, WORDS) for plane in weight.planes]
-    operands = [x, *planes, weight.scales]
+    rows = [weight.k_padded // TILE_K * plane_bits for plane_bits in PLANES[weight.bits]]
+    planes = [plane.reshape(-1, count, WORDS) for plane, count in zip(weight.planes, rows, strict=True)]
+    operands = [x, *planes, weight.scales.reshape(-1, weight.n_padded)]
     if weight.zeros is not None:
-        operands.append(weight.zeros)
+        operands.append(weight.zeros.reshape(-1, weight.n_padded))
         if weight.group_rows == weight.k_padded:
             operands.append(group_sums(x, weight, round_up(tokens, tiling.tile_m)))
-    out = _kernel(x, weight, tiling)(*operands)
+    out = _kernel(x, weight, tiling, experts)(*operands)
     if tiling.split_k > 1:
         return jnp.sum(out, axis=0)[:tokens, : weight.d_out].astype(x.dtype)
     return out[:tokens, : weight.d_out]
 
 
-def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling) -> Any:
+def _kernel(
+    x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling, experts: Int32[Array, "m_tiles"] | None
+) -> Any:
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -60,7 +71,7 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
     def row_vector(ref: Any, *where: Any) -> Any:
         return plgpu.load(ref.at[where], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
 
-    def kernel(x_gmem: Any, *refs: Any, out_smem: Any, staged: Any = None) -> None:
+    def block(expert: Any, x_gmem: Any, *refs: Any, out_smem: Any, staged: Any = None) -> None:
         *weight_gmem, out_gmem = refs
         grid_gmem = weight_gmem[plane_count:]
         m, n_block, part = jax.lax.axis_index("m"), jax.lax.axis_index("n"), jax.lax.axis_index("part")
@@ -105,11 +116,11 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
                 of_tokens = plgpu.load(
                     sums.at[0, pl.ds(m * tile_m, tile_m)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
                 )
-                of_rows = row_vector(zeros, 0, outputs)
+                of_rows = row_vector(zeros, expert, outputs)
                 wide = jax.lax.broadcast_in_dim
                 of_tokens *= (part == 0).astype(jnp.float32)  # the sums are of all parts
                 total = total - wide(of_rows, total.shape, [0]) * wide(of_tokens, total.shape, [1])
-            scales = row_vector(scales, 0, outputs).astype(jnp.float32)
+            scales = row_vector(scales, expert, outputs).astype(jnp.float32)
             return total * jax.lax.broadcast_in_dim(scales, total.shape, [0])
 
         def compute(run_pipeline: Any) -> None:
@@ -133,9 +144,12 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
         specs = [plgpu.BlockSpec((tile_m, tile_k), lambda k: (m, first + k), transforms=x_in_smem)]
         for plane_bits in PLANES[bits]:
             rows = tile_k // TILE_K * plane_bits
-            specs.append(plgpu.BlockSpec((warpgroups, rows, WORDS), lambda k: (n_block, first + k, 0)))
+            specs.append(
+                plgpu.BlockSpec((warpgroups, rows, WORDS), lambda k: (expert * n_blocks + n_block, first + k, 0))
+            )
         if not one_scale:
-            specs += [plgpu.BlockSpec((groups, warpgroups * TILE_N), lambda k: (first + k, n_block))] * len(grid_gmem)
+            of_rows = plgpu.BlockSpec((groups, warpgroups * TILE_N), lambda k: (expert * steps + first + k, n_block))
+            specs += [of_rows] * len(grid_gmem)
         plgpu.emit_pipeline_warp_specialized(
             body,
             grid=(count,),
@@ -153,8 +167,9 @@ def _kernel(x: Float[Array, "tokens _"], weight: ShuffledWeight, tiling: Tiling)
     scratch = {"out_smem": plgpu.SMEM((warpgroups, STORED_TOKENS, TILE_N), out_dtype, transforms=out_in_smem)}
     if compat.interpreting():  # which knows no left operand in registers
         scratch["staged"] = plgpu.SMEM((warpgroups, TILE_N, columns), dtype, transforms=x_in_smem)
-    return plgpu.kernel(
-        kernel,
+    return of_experts(
+        experts,
+        block,
         out_type=jax.ShapeDtypeStruct((parts, *shape) if parts > 1 else shape, out_dtype),
         scratch_types=scratch,
         grid=(n_blocks, m_tiles, parts),

@@ -42,6 +42,8 @@ GROUP_ROWS = (128, 64, 32)
 class ShuffledWeight:
     """`weight[i, j] = (code[i, j] - 2**(bits-1) - zeros[g(i), j]) * scales[g(i), j]`, padded to whole tiles.
 
+    In a stack of experts each array has a leading axis.
+
     Attributes:
         planes: `(n_padded//64 * k_padded//128 * b, 256)` words for each plane of `b` bits.
         scales: as stored, float16 or float32 (bfloat16 is widened); zero for outputs that are padding.
@@ -103,6 +105,9 @@ def kernel_group_rows(group_rows: int, d_in: int) -> int | None:
 def shuffle(weight: PackedWeight) -> ShuffledWeight:
     """Bring a weight into this layout, wherever JAX runs; call it once, when a model is loaded.
 
+    Args:
+        weight: one, or a stack of experts, which is kept as a stack.
+
     Raises:
         NotImplementedError: groups that are no multiple of 32 inputs; for a stored order of inputs, groups
             that don't hold `group_rows` inputs each (but for the last), or an order that is being traced.
@@ -111,7 +116,7 @@ def shuffle(weight: PackedWeight) -> ShuffledWeight:
         raise NotImplementedError(f"group_rows={weight.group_rows} is no multiple of 32 inputs.")
     if weight.group_of_row is not None:
         _check_order(weight)
-    return _shuffle(weight)
+    return _shuffle(weight) if weight.codes.ndim == 2 else _shuffle_stack(weight)
 
 
 def _check_order(weight: PackedWeight) -> None:
@@ -119,10 +124,12 @@ def _check_order(weight: PackedWeight) -> None:
         raise NotImplementedError(
             "group_of_row is being traced, and its groups must be counted: prepare the weight first."
         )
-    found = np.bincount(np.asarray(weight.group_of_row), minlength=weight.groups)
     expected = np.minimum(weight.group_rows, weight.d_in - weight.group_rows * np.arange(weight.groups))
-    if not np.array_equal(found, expected):
-        raise NotImplementedError(f"the groups of group_of_row don't hold group_rows={weight.group_rows} inputs each.")
+    for group_of_row in np.asarray(weight.group_of_row).reshape(-1, weight.d_in):
+        if not np.array_equal(np.bincount(group_of_row, minlength=weight.groups), expected):
+            raise NotImplementedError(
+                f"the groups of group_of_row don't hold group_rows={weight.group_rows} inputs each."
+            )
 
 
 @jax.jit
@@ -156,6 +163,11 @@ def _shuffle(weight: PackedWeight) -> ShuffledWeight:
         d_in=weight.d_in,
         d_out=weight.d_out,
     )
+
+
+@jax.jit
+def _shuffle_stack(weights: PackedWeight) -> ShuffledWeight:
+    return jax.lax.map(_shuffle, weights)  # one after another: unpacked codes are larger than packed ones
 
 
 def _spread(

@@ -1,5 +1,7 @@
 """Stacked experts against one float64 product for each row."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import packed_weights
 import pytest
 from kernel_cases import inputs, packed
 
-from pallas_kernels.api import explain, grouped_matmul, prepare
-from pallas_kernels.grouped import block_rows
+from pallas_kernels.api import IMPLEMENTATIONS, explain, grouped_matmul, prepare
+from pallas_kernels.grouped import block_rows, cut
 from pallas_kernels.weight import PackedWeight, describe
 
 ANYWHERE = ("xla_tiled", "reference")
@@ -114,12 +116,29 @@ def test_no_tokens():
     assert grouped_matmul(jnp.ones((0, 96)), stack(CASES), jnp.zeros(4, jnp.int32)).shape == (0, 10)
 
 
-def test_kernels_say_that_they_have_no_grouped_form():
+def test_blocks_of_one_expert_each():
+    blocks = cut(9, jnp.array([3, 0, 4]), 2)
+    # Three groups that have a row, and one block for each two of the other six rows.
+    np.testing.assert_array_equal(blocks.expert, [0, 0, 2, 2, -1, -1])
+    np.testing.assert_array_equal(blocks.first[:4], [0, 2, 3, 5])
+    np.testing.assert_array_equal(blocks.place[:7], [0, 1, 2, 4, 5, 6, 7])
+    np.testing.assert_array_equal(blocks.grouped, np.arange(9) < 7)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_there_are_always_enough_blocks(rows):
+    for sizes in itertools.product(range(4), repeat=3):
+        tokens = sum(sizes)
+        if tokens:
+            blocks = cut(tokens, jnp.array(sizes), rows)
+            assert int(jnp.sum(blocks.expert >= 0)) == sum(-(-size // rows) for size in sizes)
+
+
+def test_an_implementation_without_a_grouped_form_says_so(monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "xla_tiled", IMPLEMENTATIONS["xla_tiled"]._replace(grouped=None))
     explained = explain(describe(stack(CASES), 8, jnp.bfloat16, "gpu"))
-    for name, answer in explained.items():
-        assert (answer == "runs") == (name in ANYWHERE)
-        if name not in ANYWHERE:
-            assert answer == "has no grouped kernel for 4 stacked experts."
+    assert explained["xla_tiled"] == "has no grouped kernel for 4 stacked experts."
+    assert not any("grouped" in answer for name, answer in explained.items() if name != "xla_tiled")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ KERNELS = [(card, run, case) for card, run in ((H100, hopper.run), (A100, ampere
 def name(value: Any) -> str | None:
     if isinstance(value, Card):
         return value.name
+    if isinstance(value, Experts):
+        return f"{value.number}-experts-{name(value.case)}"
     if isinstance(value, Case):
         grid = "sym" if value.symmetric else "asym"
         return f"m{value.tokens}-k{value.d_in}-n{value.d_out}-{value.bits}bit-g{value.group_size}-{grid}-{value.dtype}"
@@ -92,6 +94,48 @@ def test_compiles(card: Card, run: Any, case: Case) -> None:
     assert card.tensor_core in code.instructions
     warpgroups = 3 if code.name == "hopper_middle" else 1
     assert code.registers * BLOCK * warpgroups * case.blocks <= REGISTERS
+
+
+class Experts(NamedTuple):
+    """Stacked weights. `warpgroups` are those of a block, with the one that copies."""
+
+    number: int
+    case: Case
+    warpgroups: int = 1
+
+    def arguments(self) -> tuple[jax.ShapeDtypeStruct, Any, jax.ShapeDtypeStruct]:
+        x, weight = self.case.arguments()
+        stack = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((self.number, *leaf.shape), leaf.dtype), weight)
+        return x, stack, jax.ShapeDtypeStruct((self.number,), jnp.int32)
+
+
+MIXTRAL = {"d_in": 4096, "d_out": 14336}
+STACKS = [
+    (H100, "hopper_decode", Experts(8, Case(2, **MIXTRAL, blocks=4))),
+    (H100, "hopper_decode", Experts(8, Case(512, **MIXTRAL, symmetric=False))),
+    (H100, "hopper_decode", Experts(64, Case(16, bits=3, group_size=32, symmetric=False, d_in=2048, d_out=1408))),
+    (H100, "hopper_decode", Experts(8, Case(16, **MIXTRAL, group_size=-1, symmetric=False, dtype="float16"))),
+    (H100, "hopper_middle", Experts(8, Case(1024, **MIXTRAL, blocks=1), warpgroups=3)),
+    (
+        H100,
+        "hopper_middle",
+        Experts(8, Case(2000, bits=8, group_size=-1, symmetric=False, d_in=1024, d_out=192, blocks=1), warpgroups=2),
+    ),
+    (A100, "ampere", Experts(8, Case(2, **MIXTRAL, blocks=3))),
+    (A100, "ampere", Experts(8, Case(512, **MIXTRAL, symmetric=False))),
+    (A100, "ampere", Experts(64, Case(16, bits=3, group_size=32, symmetric=False, d_in=2048, d_out=1408, blocks=3))),
+]
+
+
+@pytest.mark.parametrize(("card", "kernel", "experts"), STACKS, ids=name)
+def test_experts_compile(card: Card, kernel: str, experts: Experts) -> None:
+    run = hopper.grouped if card is H100 else ampere.grouped
+    assert "@mosaic_gpu" in machine_code.lower_for(card, run, *experts.arguments())
+    (code,) = machine_code.compile_for(card, run, *experts.arguments())
+    assert code.name == kernel
+    assert code.spilled_bytes == 0
+    assert card.tensor_core in code.instructions
+    assert code.registers * BLOCK * experts.warpgroups * experts.case.blocks <= REGISTERS
 
 
 # A thread issues at most so many instructions a weight: at 5.1 (H100) or 6.5 (A100) they cost the time of reading it.
