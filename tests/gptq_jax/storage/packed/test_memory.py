@@ -109,7 +109,7 @@ def write(directory, form, layers):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/statm")
 @pytest.mark.parametrize("form", ["gptq_v2", "compressed-tensors", "awq"])
 def test_peak_while_loading(tmp_path, form):
-    """Held tighter than the 300 MB promised, so that a copy of the model, or its mapped files, would show."""
+    """What loading adds is held tighter than the promise, so that a copy of the model, or mapped files, would show."""
     model, small = write(tmp_path / "model", form, LAYERS), write(tmp_path / "small", form, 1)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(model), str(small)], capture_output=True, text=True, check=True, timeout=300
