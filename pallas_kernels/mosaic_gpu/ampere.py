@@ -228,19 +228,21 @@ def _parts(
             init_carry=(tuple(zero() for _ in n_of), load_scales(first)),
         )(x_gmem, *(plane for plane in planes_gmem for _ in n_of))
         for n, total in zip(n_of, totals, strict=True):
-            out_gmem.at[part, pl.ds(n * TILE_N, TILE_N), pl.ds(m * tile_m, tile_m)][...] = total
+            out_gmem.at[part, m, pl.ds(n * TILE_N, TILE_N)][...] = total
 
     launch = experts.of_experts(
         of_tiles,
         block,
-        out_type=jax.ShapeDtypeStruct((split_k, weight.n_padded, tokens), jnp.float32),
+        # Tiles apart, so that each is written as whole lines of the cache, however few its tokens.
+        out_type=jax.ShapeDtypeStruct((split_k, tokens // tile_m, weight.n_padded, tile_m), jnp.float32),
         grid=(-(-n_tiles // subtiles), tokens // tile_m, split_k),
         grid_names=("n", "m", "part"),
         kernel_name="ampere",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )
     planes = (plane.reshape(-1, WORDS) for plane in weight.planes)
-    return launch(x, weight.scales.reshape(-1, weight.n_padded), *planes)
+    out = launch(x, weight.scales.reshape(-1, weight.n_padded), *planes)
+    return out.swapaxes(1, 2).reshape(split_k, weight.n_padded, tokens)
 
 
 def _mma(
