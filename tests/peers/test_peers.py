@@ -49,7 +49,7 @@ def answers(kind, path, tokenizer, tmp_path, *, new_tokens=NEW_TOKENS):
     longest = max(map(len, prompts))
     np.savez(
         tmp_path / "request.npz",
-        prompts=np.array([ids + [-1] * (longest - len(ids)) for ids in prompts]),
+        prompts=np.array([[-1] * (longest - len(ids)) + ids for ids in prompts]),
         new_tokens=new_tokens,
         tokens=text_tokens(tokenizer).astype(np.int64),
     )
@@ -68,9 +68,9 @@ def assert_agree(found, path, *, new_tokens=NEW_TOKENS):
     ours = gptq_jax.load(path)
     logits = np.asarray(ours(text_tokens(ours.tokenizer)))
     assert np.linalg.norm(found["logits"] - logits) < 1e-2 * np.linalg.norm(logits)
-    for index, prompt in enumerate(PROMPTS):
+    for prompt, greedy in zip(PROMPTS, found["greedy"], strict=True):
         text = gptq_jax.generate(ours, prompt, max_new_tokens=new_tokens)
-        assert ours.tokenizer.decode(found[f"greedy{index}"], skip_special_tokens=True) == text
+        assert ours.tokenizer.decode(greedy, skip_special_tokens=True) == text
 
 
 def test_gptqmodel(model, tmp_path):
