@@ -18,17 +18,25 @@ import torch
 DTYPE = torch.float16
 
 
+def in_float32(model):
+    """GPTQModel loads in 16 bits only; in float32 its reading of the file is compared, not its rounding."""
+    return torch.nn.Module.float(model)  # transformers' own method refuses quantized models
+
+
 def by_gptqmodel(path):
     from gptqmodel import BACKEND, GPTQModel
 
-    return GPTQModel.load(path, backend=BACKEND.TORCH, device="cpu", dtype=DTYPE, offload_to_disk=False).model
+    loaded = GPTQModel.load(path, backend=BACKEND.TORCH, device="cpu", dtype=DTYPE, offload_to_disk=False)
+    return in_float32(loaded.model)
 
 
 def by_transformers(path):
     from transformers import AutoModelForCausalLM, GPTQConfig
 
     with_backend = GPTQConfig(bits=4, backend="torch")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, device_map="cpu", quantization_config=with_backend)
+    return in_float32(
+        AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, device_map="cpu", quantization_config=with_backend)
+    )
 
 
 def by_transformers_plainly(path):
@@ -46,8 +54,7 @@ LOADERS = {
 
 def main(kind, path, request, answer):
     asked = np.load(request)
-    # GPTQModel takes 16 bits only when it loads; in float32 the codes are what is compared, not rounding.
-    model = LOADERS[kind](path).eval().float()
+    model = LOADERS[kind](path).eval()
     found = {"kernel": np.array(type(model.model.layers[0].mlp.down_proj).__name__)}
     prompts = torch.from_numpy(asked["prompts"])
     with torch.inference_mode():
