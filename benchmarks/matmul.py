@@ -23,7 +23,7 @@ import numpy as np
 
 from pallas_kernels.api import quantized_matmul
 from pallas_kernels.packing import packed_words
-from pallas_kernels.reference import dequantize
+from pallas_kernels.reference import dequantize_weight
 from pallas_kernels.weight import PackedWeight
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,17 +47,7 @@ def random_weight(rng: np.random.Generator, d_in: int, d_out: int, bits: int, gr
     )
 
 
-@jax.jit
-def as_float(weight: PackedWeight) -> jax.Array:
-    return dequantize(
-        weight.codes,
-        weight.scales,
-        weight.zeros,
-        weight.group_of_row,
-        bits=weight.bits,
-        group_rows=weight.group_rows,
-        d_in=weight.d_in,
-    )
+as_float = jax.jit(dequantize_weight)
 
 
 def float_product(x: jax.Array, weight: jax.Array) -> jax.Array:
