@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -124,20 +123,22 @@ def compile_for(card: Card, function: Callable[..., Any], *arguments: Any) -> li
 
     Args:
         card: what to compile for.
-        function: what to compile; a process can import it. Mosaic compiles a kernel once in a process, so that
-            a kernel compiled before is missing from the list.
+        function: what to compile; a process can import it.
         arguments: pytrees of `jax.ShapeDtypeStruct`s.
     """
     require_compiler()
-    kernels, abandoned = _process(card).submit(_compile, card, function, arguments).result()
-    _to_remove.update(abandoned)
-    return kernels
+    for _ in range(2):
+        if card not in _processes:  # one for each: jaxlib goes on compiling for the first architecture it is asked for
+            _processes[card] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
+        kernels, abandoned = _processes[card].submit(_compile, card, function, arguments).result()
+        _to_remove.update(abandoned)
+        if kernels is not None:
+            return kernels
+        _processes.pop(card).shutdown()
+    raise AssertionError(f"{function} has the same kernel twice, of which Mosaic writes only one.")
 
 
-@cache
-def _process(card: Card) -> ProcessPoolExecutor:
-    # One for each card: jaxlib goes on compiling for the first architecture that a process compiles for.
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
+_processes: dict[Card, ProcessPoolExecutor] = {}
 
 
 def _start() -> None:
@@ -145,7 +146,8 @@ def _start() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin would look for a driver
 
 
-def _compile(card: Card, function: Callable[..., Any], arguments: Any) -> tuple[list[MachineCode], set[Path]]:
+def _compile(card: Card, function: Callable[..., Any], arguments: Any) -> tuple[list[MachineCode] | None, set[Path]]:
+    """None where this process compiled one of the kernels before: Mosaic keeps it, and writes nothing."""
     description = (Path(__file__).parent / "cards" / f"{card.name}.textproto").read_text()
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=card.name, target_config=description, topology="1x1x1"
@@ -162,9 +164,11 @@ def _compile(card: Card, function: Callable[..., Any], arguments: Any) -> tuple[
         return _read(Path(directory)), _handed_to_nvdisasm() - before
 
 
-def _read(directory: Path) -> list[MachineCode]:
+def _read(directory: Path) -> list[MachineCode] | None:
     """Each kernel in the order compiled. Mosaic numbers what it lowers and what it compiles, apart."""
     kinds = [sorted(directory.glob(f"*{kind}"), key=_number) for kind in (".ptxas", ".resources.txt", ".sass_ctrl")]
+    if len(kinds[0]) < len(kinds[1]):
+        return None
     return [
         parse(files[0].name.rsplit("_", 1)[0], *(file.read_text() for file in files))
         for files in zip(*kinds, strict=True)
