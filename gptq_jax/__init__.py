@@ -11,6 +11,7 @@ from gptq_jax.tensor import QuantizedTensor
 from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 
 # models and checkpoints
+from gptq_jax.models.adapted import AdaptedModel, adapt
 from gptq_jax.models.base import Model
 from gptq_jax.models.prepared import prepare
 from gptq_jax.storage import CheckpointError, load, save
@@ -27,6 +28,7 @@ from gptq_jax.report import Report
 __version__ = _version("gptq-jax")
 
 __all__ = [
+    "AdaptedModel",
     "CheckpointError",
     "LayerBatch",
     "Method",
@@ -37,6 +39,7 @@ __all__ = [
     "ShardingRules",
     "Solution",
     "SpecRules",
+    "adapt",
     "calibration_batches",
     "compare",
     "export",

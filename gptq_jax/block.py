@@ -16,7 +16,7 @@ from gptq_jax.hessian import accumulate, output_energy
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.rtn import round_to_nearest
-from gptq_jax.models.base import capture_block, input_groups, run_block
+from gptq_jax.models.base import Block
 from gptq_jax.report import LayerReport
 from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
@@ -45,28 +45,25 @@ class BlockTask:
     """One block of a model, and what is to be done with it.
 
     Attributes:
-        config, kind: of the architecture.
-        prefix: of its layers' paths, like "layers.3.".
+        block: which.
         specs: the grid of each linear layer by path inside the block; None stays float.
         method: the quantization method.
         masks: of the calibration batches: True for real tokens; None if all are.
         clock: where seconds are counted.
     """
 
-    config: Any
-    kind: Any
-    prefix: str
+    block: Block
     specs: dict[str, QuantSpec | None]
     method: Method
     masks: Sequence[Bool[Array, "batch time"] | None]
     clock: Clock = field(default_factory=Clock)
 
-    def run(self, params: Params, stream: list[Array], known: list[Inputs]) -> list[Array]:
-        """The residual stream after the block, batch by batch."""
+    def run(self, params: Params, stream: list[Any], known: list[Inputs]) -> list[Any]:
+        """The state after the block, batch by batch."""
         with self.clock("forward") as ready:
             return ready(
                 [
-                    run_block(self.config, self.kind, params, x, mask=mask, known=inputs)[0]
+                    self.block.run(params, x, mask, inputs)
                     for x, mask, inputs in zip(stream, self.masks, known, strict=True)
                 ]
             )
@@ -75,26 +72,26 @@ class BlockTask:
 def quantize_block(
     task: BlockTask,
     params: Params,
-    stream: list[Array],
+    stream: list[Any],
     *,
     true_sequential: bool,
     done: Callable[[LayerReport], None],
-) -> tuple[Params, list[Array]]:
+) -> tuple[Params, list[Any]]:
     """Quantize the linear layers of one block.
 
     Args:
         task: what to do.
         params: the float parameters.
-        stream: the residual stream before the block, an array [batch, time, d_model] for each batch.
+        stream: the state before the block, for each batch.
         true_sequential: layers see their quantized predecessors inside the block.
         done: called with the report of each layer.
 
     Returns:
-        The parameters with packed kernels, and the residual stream after the block that holds them.
+        The parameters with packed kernels, and the state after the block that holds them.
     """
     groups = [
         targeted
-        for group in input_groups(task.config, task.kind)
+        for group in task.block.groups
         if (targeted := tuple(path for path in group if task.specs[path] is not None))
     ]
     packed = working = params
@@ -111,7 +108,7 @@ def quantize_block(
 
 
 def _observe(
-    task: BlockTask, params: Params, stream: list[Array], known: list[Inputs], groups: list[tuple[str, ...]]
+    task: BlockTask, params: Params, stream: list[Any], known: list[Inputs], groups: list[tuple[str, ...]]
 ) -> list[tuple[Any, Array, int]]:
     """The method's statistics, the Hessian and the number of tokens of each group's shared input.
 
@@ -122,21 +119,22 @@ def _observe(
     wanted = tuple(group[0] for group in groups)
     stats: dict[str, Any] = {}
     hessians: dict[str, Any] = {}
-    tokens = dict.fromkeys(wanted, 0)
+    tokens, expected = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
     for path, group in zip(wanted, groups, strict=True):
         d_in = _kernel(params, path).shape[0]
         stats[path] = method.init(d_in, sum(_kernel(params, member).shape[1] for member in group))
         hessians[path] = jnp.zeros((d_in, d_in), jnp.float32) if method.hessian is None else None
-    expected, kept = 0, _nbytes(known)
+    kept = _nbytes(known)
     for x, mask, inputs in zip(stream, task.masks, known, strict=True):
-        real = x.shape[0] * x.shape[1] if mask is None else int(mask.sum())
-        expected += real
         with task.clock("forward") as ready:
-            captured = ready(capture_block(task.config, task.kind, params, x, wanted, mask=mask, known=inputs))
+            captured = ready(task.block.capture(params, x, wanted, mask, inputs))
         for path, group in zip(wanted, groups, strict=True):
             rows = captured[path].reshape(-1, captured[path].shape[-1])
-            # Each token of the batch, padding included, comes by once; a layer that sees others says so here.
-            tokens[path] += real if rows.shape[0] == x.shape[0] * x.shape[1] else rows.shape[0]
+            # Each input, padding included, comes by once; a layer that sees others says so here.
+            all_rows = task.block.rows(x, path)
+            real = all_rows if mask is None else int(mask.sum())
+            expected[path] += real
+            tokens[path] += real if rows.shape[0] == all_rows else rows.shape[0]
             if mask is not None:
                 rows = jnp.where(mask.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
             with task.clock("hessian") as ready:
@@ -149,8 +147,8 @@ def _observe(
     found = []
     for path, group in zip(wanted, groups, strict=True):
         hessian = hessians[path] if method.hessian is None else method.hessian(stats[path])
-        _check(", ".join(task.prefix + member for member in group), hessian, tokens[path], expected)
-        found.append((stats[path], hessian, expected))
+        _check(", ".join(task.block.prefix + member for member in group), hessian, tokens[path], expected[path])
+        found.append((stats[path], hessian, expected[path]))
     return found
 
 
@@ -202,7 +200,7 @@ def _solve(
                 path,
                 part,
                 LayerReport(
-                    path=task.prefix + path,
+                    path=task.block.prefix + path,
                     method="rtn" if fell_back else task.method.name,
                     spec=spec,
                     d_in=weight.shape[0],
