@@ -11,6 +11,7 @@ from gptq_jax.tensor import QuantizedTensor
 from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 
 # models and checkpoints
+from gptq_jax.hooks.registry import register_layer
 from gptq_jax.models.adapted import AdaptedModel, adapt
 from gptq_jax.models.base import Model
 from gptq_jax.models.prepared import prepare
@@ -50,6 +51,7 @@ __all__ = [
     "perplexity",
     "prepare",
     "quantize",
+    "register_layer",
     "rtn",
     "save",
 ]

@@ -96,6 +96,8 @@ def _run_product(step: Step, product: Product, read: Any, held: Mapping[Root, He
     x = read(step.inputs[place])
     if observe is not None:
         x = product.activations(observe(root, product.rows(x)), x.shape)
+    if product.opaque:
+        return x
     packed = not isinstance(weight.value, jax.Array)
     if not packed or weight.factors != (*product.inputs, *product.outputs):
         both = [x, weight.seen(product.weight)]

@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import flax.linen as nn
 from flax import errors
 
 from gptq_jax.hooks.program import mark
+from gptq_jax.hooks.registry import call_layer
 
 IsBlock = Callable[[str, Any], bool]  # of a module's dotted path and the module
 
@@ -40,18 +42,19 @@ class LinenFunction:
             params: its tree.
             state: the other collections.
             args, kwargs: of `module.apply`.
-            is_block: which submodules are blocks, whose calls are marked; None: mark nothing.
+            is_block: which submodules are blocks, whose calls are marked like those of registered layers; None:
+                mark nothing.
 
         Raises:
             ValueError: the parameters do not fit, or random numbers are asked for.
         """
 
         def interceptor(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            path = ".".join(context.module.path)
-            if context.method_name != "__call__" or is_block is None or not is_block(path, context.module):
+            if is_block is None or context.method_name != "__call__":
                 return next_function(*args, **kwargs)
-            with mark(path):
-                return next_function(*args, **kwargs)
+            path, module = ".".join(context.module.path), context.module
+            with mark(path) if is_block(path, module) else nullcontext():
+                return call_layer(next_function, module, path, args, kwargs)
 
         try:
             with nn.intercept_methods(interceptor):

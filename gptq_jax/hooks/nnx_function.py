@@ -2,13 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
 from flax import nnx
 
 from gptq_jax.hooks.program import mark
+from gptq_jax.hooks.registry import call_layer, kind_of
 
 IsBlock = Callable[[str, Any], bool]
 
@@ -50,8 +52,9 @@ class NnxFunction:
         module = nnx.merge(self.graph, given, state)
         for path, child in list(nnx.iter_modules(module)) if is_block is not None else ():
             dotted = ".".join(map(str, path))
-            if is_block is not None and is_block(dotted, child):
-                object.__setattr__(child, "__class__", _marked(type(child), dotted))
+            block = is_block(dotted, child)  # type: ignore[misc]
+            if block or kind_of(child) is not None:
+                object.__setattr__(child, "__class__", _marked(type(child), dotted, block))
         before = _raw_state(module)
         out = module(*args, **kwargs)  # type: ignore[operator]
         after = _raw_state(module)
@@ -77,12 +80,12 @@ def _changed(name: str, path: str, variable: nnx.Variable[Any]) -> str:
 
 
 @lru_cache
-def _marked(of: type, path: str) -> type:
-    """A subclass whose calls are marked; only the copy is of it."""
+def _marked(of: type, path: str, block: bool) -> type:
+    """A subclass whose calls are marked, as a block or as a registered layer; only the copy is of it."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mark(path):
-            return of.__call__(self, *args, **kwargs)  # type: ignore[operator]
+        with mark(path) if block else nullcontext():
+            return call_layer(partial(of.__call__, self), self, path, args, kwargs)  # type: ignore[operator]
 
     return type(of.__name__, (of,), {"__call__": __call__})
 

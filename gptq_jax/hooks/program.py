@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 from gptq_jax.hooks.layout import Factor, View, reshape, view_of, view_shape
+from gptq_jax.hooks.registry import marked_input, registered_in
 
 _MARK = re.compile(r"gptq_jax\.block\(([^)]*)\)")
 _CALLS = {  # primitive -> its parameter that holds what is called
@@ -61,12 +63,14 @@ class Ref:
         root: which.
         view: its axes here.
         dtype: it was cast to.
-        stack: the axes that loops have taken one slice of.
+        ndim: axes of the parameter.
+        stack: those that loops have taken one slice of.
     """
 
     root: Root
     view: View
     dtype: Any
+    ndim: int
     stack: tuple[Factor, ...] = ()
 
 
@@ -80,6 +84,7 @@ class Product:
         weight_first: the weight's free axes come before the activations' in the result.
         inputs, outputs: factors of the weight's matrix.
         dtype: of the result.
+        opaque: the step only shows the input of a registered layer, which itself makes the product later.
     """
 
     weight: Ref
@@ -88,6 +93,7 @@ class Product:
     inputs: tuple[Factor, ...]
     outputs: tuple[Factor, ...]
     dtype: Any
+    opaque: bool = False
 
     def rows(self, x: Shaped[Array, "..."]) -> Shaped[Array, "*batch d_in"]:
         """The activations as the matrix is multiplied with."""
@@ -108,6 +114,13 @@ class Product:
         return jnp.moveaxis(y, range(y.ndim - len(free), y.ndim), range(len(free))) if self.weight_first else y
 
 
+class InLayer(NamedTuple):
+    """Inside the registered layer whose weight is at this path."""
+
+    weight: str
+
+
+Trail = tuple[str | int | InLayer, ...]
 Entry = int | Ref | jex.Literal  # a value by its number, a parameter, or a constant
 
 
@@ -120,7 +133,7 @@ class Step:
         label: says what `run` does; equal labels do the same.
         inputs: of it.
         outputs: numbers of the values it makes.
-        trail: the blocks (str) and turns of unrolled loops (int) that it is in, outermost first.
+        trail: the blocks (str), turns of unrolled loops (int) and registered layers that it is in, outermost first.
         product: set where it multiplies with a weight.
         loop: set where it is a loop with weights in it.
     """
@@ -129,7 +142,7 @@ class Step:
     label: str
     inputs: tuple[Entry, ...]
     outputs: tuple[int, ...]
-    trail: tuple[str | int, ...] = ()
+    trail: Trail = ()
     product: Product | None = None
     loop: "Loop | None" = None
 
@@ -194,7 +207,7 @@ def trace(
     closed, out_shape = jax.make_jaxpr(function, return_shape=True)(params, list(arguments))
     builder = _Builder(unroll)
     refs: list[Entry] = [
-        Ref(Root(path), view_of(leaf.shape), jnp.dtype(leaf.dtype))
+        Ref(Root(path), view_of(leaf.shape), jnp.dtype(leaf.dtype), len(leaf.shape))
         for path, leaf in sorted(params.items())  # the order of a dict's leaves
     ]
     given = [builder.new(jax.typeof(leaf) if not hasattr(leaf, "shape") else leaf) for leaf in arguments]
@@ -207,6 +220,7 @@ class _Builder:
     def __init__(self, unroll: bool):
         self.unroll = unroll
         self.program = Program()
+        self.parameters: dict[str, Ref] = {}  # as the innermost loop sees them
         self.casts: dict[tuple[int, str], Entry] = {}  # a value cast twice is one value: layers share their input
 
     def new(self, aval: Any) -> int:
@@ -219,28 +233,35 @@ class _Builder:
         self.program.steps.append(Step(run, label, tuple(inputs), outputs, **more))
         return outputs
 
-    def walk(self, jaxpr: Any, arguments: Sequence[Entry], trail: tuple[str | int, ...]) -> list[Entry]:
+    def walk(self, jaxpr: Any, arguments: Sequence[Entry], trail: Trail) -> list[Entry]:
         """Add the steps of a jaxpr; returns what it returns."""
         inner = getattr(jaxpr, "jaxpr", jaxpr)
         env: dict[Any, Entry] = {}
         for var, value in zip(inner.constvars, getattr(jaxpr, "consts", ()), strict=True):
-            env[var] = self.new(var.aval)
-            self.program.constants[env[var]] = value
+            number = env[var] = self.new(var.aval)
+            self.program.constants[number] = value
         env |= zip(inner.invars, arguments, strict=True)
+        self.parameters |= {entry.root.path: entry for entry in arguments if isinstance(entry, Ref)}
 
         def read(atom: Any) -> Entry:
             return atom if isinstance(atom, jex.Literal) else env[atom]
 
         for eqn in inner.eqns:
             inputs = [read(atom) for atom in eqn.invars]
-            here = (*trail, *_MARK.findall(str(eqn.source_info.name_stack)))
+            names = str(eqn.source_info.name_stack)
+            here = (*trail, *_MARK.findall(names), *map(InLayer, registered_in(names)))
             env |= zip(eqn.outvars, self.equation(eqn, inputs, here), strict=True)
         return [read(atom) for atom in inner.outvars]
 
-    def equation(self, eqn: Any, inputs: list[Entry], trail: tuple[str | int, ...]) -> Sequence[Entry]:
+    def equation(self, eqn: Any, inputs: list[Entry], trail: Trail) -> Sequence[Entry]:
         name, out = eqn.primitive.name, [var.aval for var in eqn.outvars]
         refs = [entry for entry in inputs if isinstance(entry, Ref)]
-        if not refs:
+        if (marked := marked_input(eqn)) is not None and marked[0] in self.parameters:
+            shown = _registered(self.parameters[marked[0]], marked[1], out[0])
+            entries = [*inputs, shown.weight]
+            return self.add(lambda x, weight: [x], "input of a layer", entries, out, trail=trail, product=shown)
+        # Where no gradient is wanted, a function with one of its own is no more than its body.
+        if not refs and not (self.unroll and name.startswith("custom_") and name in _CALLS):
             return self.plain(eqn, inputs, trail)
         if name in _CALLS:
             return self.walk(eqn.params[_CALLS[name]], inputs, trail)
@@ -249,6 +270,8 @@ class _Builder:
             return (self.unrolled if self.unroll or once else self.loop)(eqn, inputs, trail)
         if len(refs) == len(inputs) == 1 and (seen := _look_through(eqn, refs[0])) is not None:
             return [seen]
+        if any(InLayer(ref.root.path) in trail for ref in refs):
+            return self.plain(eqn, inputs, trail)
         if name == "dot_general" and len(refs) == 1:
             product = _product(eqn, inputs)
             if product is not None:
@@ -258,7 +281,7 @@ class _Builder:
                 self.program.float_uses.setdefault(ref.root, _reason(eqn))
         return self.plain(eqn, inputs, trail)
 
-    def plain(self, eqn: Any, inputs: list[Entry], trail: tuple[str | int, ...]) -> Sequence[Entry]:
+    def plain(self, eqn: Any, inputs: list[Entry], trail: Trail) -> Sequence[Entry]:
         avals, first = [var.aval for var in eqn.outvars], inputs[0] if inputs else None
         if eqn.primitive.name == "convert_element_type" and isinstance(first, int):
             key = first, str(avals[0].dtype)
@@ -267,7 +290,7 @@ class _Builder:
             return [self.casts[key]]
         return self.add(partial(_bind, eqn), _label(eqn), inputs, avals, trail=trail)
 
-    def unrolled(self, eqn: Any, inputs: list[Entry], trail: tuple[str | int, ...]) -> list[Entry]:
+    def unrolled(self, eqn: Any, inputs: list[Entry], trail: Trail) -> list[Entry]:
         consts, carried, length = _scan_sizes(eqn)
         fixed, carry, taken = inputs[:consts], inputs[consts : consts + carried], inputs[consts + carried :]
         order = range(length)[::-1] if eqn.params["reverse"] else range(length)
@@ -282,7 +305,7 @@ class _Builder:
             outs.extend(self.add(lambda *parts: [jnp.stack(parts)], "stack", parts, [var.aval], trail=trail))
         return outs
 
-    def slice(self, entry: Entry, turn: int, trail: tuple[str | int, ...]) -> Entry:
+    def slice(self, entry: Entry, turn: int, trail: Trail) -> Entry:
         if isinstance(entry, Ref) and _sliceable(entry):
             turns = (*entry.root.turns, turn) if entry.view[0] else entry.root.turns
             return replace(_slice(entry), root=entry.root._replace(turns=turns))
@@ -295,7 +318,7 @@ class _Builder:
         sliced = jax.ShapeDtypeStruct(shape[1:], dtype)
         return self.add(lambda array: [array[turn]], f"slice {turn}", [entry], [sliced], trail=trail)[0]
 
-    def loop(self, eqn: Any, inputs: list[Entry], trail: tuple[str | int, ...]) -> Sequence[int]:
+    def loop(self, eqn: Any, inputs: list[Entry], trail: Trail) -> Sequence[int]:
         consts, carried, length = _scan_sizes(eqn)
         body = _Builder(False)
         loop = Loop(body.program, consts, carried, length, eqn.params["reverse"])
@@ -376,6 +399,23 @@ def _product(eqn: Any, inputs: list[Entry]) -> Product | None:
     if not chosen or not others:
         return None
     return Product(weight, (x_axes, axes), weight_first, chosen, others, eqn.outvars[0].aval.dtype)
+
+
+def _registered(ref: Ref, axes: tuple[int, ...], x: Any) -> Product:
+    """The product of a registered layer, by the axes of its parameter, stacked ones left out."""
+    factors = sorted(factor for axis in ref.view for factor in axis)
+    own = [axis for axis in range(ref.ndim) if axis not in {factor.place[0] for factor in ref.stack}]
+    if max(axes) >= len(own):
+        raise ValueError(f"inputs={axes} of a registered layer name no axes of {ref.root.path}, which has {len(own)}.")
+    view = tuple(tuple(f for f in factors if f.place[0] == axis) for axis in own)
+    inputs = tuple(factor for axis in axes for factor in view[axis])
+    outputs = tuple(f for axis, parts in enumerate(view) if axis not in axes for f in parts)
+    if (d_in := prod(factor.size for factor in inputs)) != prod(x.shape[x.ndim - len(axes) :]):
+        raise ValueError(
+            f"{ref.root.path} has {d_in} inputs as its layer is registered, but is fed an array of shape {x.shape}."
+        )
+    contracted = tuple(range(x.ndim - len(axes), x.ndim)), axes
+    return Product(replace(ref, view=view), contracted, False, inputs, outputs, x.dtype, opaque=True)
 
 
 def _reason(eqn: Any) -> str:

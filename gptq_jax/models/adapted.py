@@ -73,7 +73,7 @@ class AdaptedModel:
         """
         made = [Call.from_batch(self.function, call, f"batches[{number}]") for number, call in enumerate(calls)]
         paths = self.by_path()
-        is_block = block_finder(self.blocks, paths)
+        is_block = block_finder(self.blocks, paths) or (lambda path, module: False)
         plans: dict[Any, Plan] = {}
         for call in made:
             if call.signature not in plans:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from gptq_jax.hooks.layout import Factor, Layout, rearrange, view_of
 from gptq_jax.hooks.nnx import Params
-from gptq_jax.hooks.program import Product, Program, Ref, Root
+from gptq_jax.hooks.program import InLayer, Product, Program, Ref, Root, Trail
 from gptq_jax.hooks.segment import Segment, capture, run, segment_of
 from gptq_jax.tensor import QuantizedTensor
 
@@ -100,9 +100,8 @@ class Plan:
         self._keys, self._order = keys, sorted(firsts, key=firsts.__getitem__)
         self._stacks = {e.root: e.stack for step in program.steps for e in step.inputs if isinstance(e, Ref)}
         self._sort(paths)
-        last_use = {
-            e: number for number, step in enumerate(program.steps[:end]) for e in step.inputs if isinstance(e, int)
-        }
+        last_use = {e: number for number, step in enumerate(program.steps) for e in step.inputs if isinstance(e, int)}
+        last_use |= {e: len(program.steps) for e in program.results if isinstance(e, int)}
         bounds = zip([0, *begins], [*begins, end], strict=True)
         self._prefix, *self.parts = [self._part(begin, end, last_use, paths) for begin, end in bounds]
 
@@ -139,7 +138,7 @@ class Plan:
         touched = {root.path for root in self._stacks} | {root.path for root in self.program.float_uses}
         for path, leaf in paths.items():
             if len(leaf.shape) > 1 and path not in touched:
-                self.kept_float[path] = "the call does not use it"
+                self.kept_float[path.removesuffix(".kernel")] = "the call does not use it"
 
     def _float_use(self, root: Root) -> str | None:
         """Why the float parameter is needed, be it this slice of it or all."""
@@ -302,10 +301,10 @@ class AdaptedBlock:
         return inputs, state.plan.weights(self.number, params), {numbers[path]: rows for path, rows in known.items()}
 
 
-def _block_of(trail: tuple[str | int, ...]) -> tuple[str | int, ...] | None:
+def _block_of(trail: Trail) -> tuple[str | int, ...] | None:
     """The innermost block that a step is in, with the turns of the loops around it."""
     last = max((place for place, entry in enumerate(trail) if isinstance(entry, str)), default=None)
-    return None if last is None else trail[: last + 1]
+    return None if last is None else tuple(entry for entry in trail[: last + 1] if not isinstance(entry, InLayer))
 
 
 def _name(key: tuple[str | int, ...] | None) -> str:
