@@ -26,7 +26,6 @@ from pallas_kernels.mosaic_gpu.layout import (
     TILE_N,
     WORDS,
     ShuffledWeight,
-    kernel_group_rows,
     round_up,
     shuffle,
 )
@@ -41,10 +40,7 @@ _LEAST_STEPS = 8  # of a part of the inputs, twice what is in flight
 
 def check(problem: Problem) -> None:
     """Raises NotImplementedError, naming its limit, for a problem that this implementation declines."""
-    if limit := compat.limit(problem, (8,)):
-        raise NotImplementedError(limit)
-    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
-        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+    compat.check(problem, (8,))
 
 
 def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:

@@ -12,7 +12,7 @@ from pallas_kernels.grouped import block_rows
 from pallas_kernels.mosaic_gpu import compat, experts, prefill, tuning
 from pallas_kernels.mosaic_gpu.hopper_decode import decode
 from pallas_kernels.mosaic_gpu.hopper_middle import STORED_TOKENS, middle
-from pallas_kernels.mosaic_gpu.layout import TILE_N, ShuffledWeight, kernel_group_rows, shuffle
+from pallas_kernels.mosaic_gpu.layout import TILE_N, ShuffledWeight, shuffle
 from pallas_kernels.mosaic_gpu.operands import in_row_order
 from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.weight import PackedWeight, Problem
@@ -23,10 +23,7 @@ _STAGES = 4  # where parts are long enough
 
 def check(problem: Problem) -> None:
     """Raises NotImplementedError, naming its limit, for a problem that this implementation declines."""
-    if limit := compat.limit(problem, (9,)):
-        raise NotImplementedError(limit)
-    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
-        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+    compat.check(problem, (9,))
 
 
 def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
