@@ -94,13 +94,15 @@ def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
 def left_over_problems(source: TensorSource, used: set[str]) -> list[str]:
     """The tensors that nothing uses, each a phrase."""
     problems = []
-    unused = set(source.names()) - used
-    left_over = sorted(name for name in unused if not COMPUTED.search(name) and not OTHER_MODELS.search(name))
+    stored = set(source.names())
+    left_over = sorted(name for name in stored - used if not COMPUTED.search(name) and not OTHER_MODELS.search(name))
     for output in sorted(set(OUTPUTS) & set(left_over)):
         # The config ties the head to the embedding: a stored copy may be dropped, another matrix may not.
-        left_over.remove(output)
-        if not any(_equal(source, output, name) for name in used):
-            problems.append(f"{output} differs from the embedding though the config ties them")
+        alike = sorted(name for name in used if name in stored and source.shape(name) == source.shape(output))
+        if alike:
+            left_over.remove(output)
+            if not any(_equal(source, output, name) for name in alike):
+                problems.append(f"{output} differs from {alike[0]} though the config ties them")
     return problems + [f"{name} belongs to no part of this architecture" for name in left_over]
 
 

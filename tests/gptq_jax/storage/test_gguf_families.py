@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType as Type
 
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.storage.base import CheckpointError
+from gptq_jax.storage.export.gguf_metadata import llama_metadata
 from gptq_jax.storage.gguf import GgufFile
 
 # What a file cannot say, or says otherwise, than the case's config.
@@ -123,3 +124,9 @@ def test_a_window_is_asked_for_where_a_family_has_one(tmp_path):
     path = gguf_files.write(tmp_path / "model.gguf", tensors, metadata=metadata, architecture="gemma3")
     with pytest.raises(CheckpointError, match=r"gemma3\.attention\.sliding_window is missing"):
         GgufFile(path)
+
+
+@pytest.mark.parametrize("name", sorted(set(cases.CONFIGS) - {cases.DOCUMENTED}))
+def test_what_is_written_to_files_is_llama_only(name):
+    with pytest.raises(ValueError, match="has no counterpart in GGUF: only"):
+        llama_metadata(architecture_from_config(cases.oracle(name)["config"]))
