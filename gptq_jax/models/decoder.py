@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from gptq_jax.hooks.nnx import Params, parameters
 from gptq_jax.models.attention import KVCache, cached_attention, causal_attention
+from gptq_jax.models.experts import Experts, SparseMLP
 from gptq_jax.models.rope import Rope, rotate
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -44,6 +45,8 @@ class DecoderConfig:
         mlp_bias: gate, up and down have biases.
         sliding_window: a token attends to itself and `sliding_window - 1` before it; None for all before it.
         tie_embeddings: the head is the embedding, transposed.
+        qk_norm: the heads of queries and keys are normalized before they are rotated.
+        experts: of sparse MLPs; None where all are dense.
     """
 
     vocab_size: int
@@ -61,6 +64,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     tie_embeddings: bool = False
+    qk_norm: bool = False
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"):
@@ -79,8 +84,8 @@ class DecoderConfig:
             raise ValueError(f"sliding_window={self.sliding_window} must be positive, or None for full attention.")
 
     def layer_kind(self, index: int) -> str:
-        """All blocks are of one kind."""
-        return "decoder"
+        """ "sparse" for a block with experts, otherwise "decoder"."""
+        return "sparse" if self.experts is not None and index not in self.experts.dense_layers else "decoder"
 
     def abstract_embed(self) -> nnx.Module:
         """Tokens [batch, time] -> residual stream [batch, time, hidden_size]."""
@@ -88,7 +93,7 @@ class DecoderConfig:
 
     def abstract_block(self, kind: str) -> nnx.Module:
         """(x, positions, cache, mask) -> (residual stream, updated cache)."""
-        return nnx.eval_shape(lambda: Block(self, rngs=nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: Block(self, sparse=kind == "sparse", rngs=nnx.Rngs(0)))
 
     def abstract_head(self) -> nnx.Module:
         """Residual stream -> float32 logits [batch, time, vocab_size]."""
@@ -109,7 +114,10 @@ class DecoderConfig:
         if path in _OUTER_TENSORS:
             return _OUTER_TENSORS[path]
         suffix, transposed = _LEAF_SUFFIXES[str(path[-1])]
-        return f"model.{'.'.join(map(str, path[:-1]))}.{suffix}", transposed
+        module = ".".join(map(str, path[2:-1]))
+        if self.experts is not None:
+            module = self.experts.stored_name(module)
+        return f"model.layers.{path[1]}.{module}.{suffix}", transposed
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> KVCache:
         """An empty cache of one block for sequences of up to `capacity` tokens."""
@@ -168,6 +176,9 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.v_proj = linear(config.hidden_size, config.num_kv_heads * config.head_dim)
         self.o_proj = linear(config.num_heads * config.head_dim, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, rngs=rngs)
 
     def __call__(
         self,
@@ -178,8 +189,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
         """Mix tokens; see `Architecture.abstract_block` and `run_block` for positions, cache and mask."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        query = rotate(self.q_proj(x).reshape(heads), positions, self.config.rope)
-        key = rotate(self.k_proj(x).reshape(heads), positions, self.config.rope)
+        query, key = self.q_proj(x).reshape(heads), self.k_proj(x).reshape(heads)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = (rotate(each, positions, self.config.rope) for each in (query, key))
         value = self.v_proj(x).reshape(heads)
         window = self.config.sliding_window
         if cache is None:
@@ -207,12 +220,17 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, then MLP, each normalized before and added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, sparse: bool = False, rngs: nnx.Rngs):
         norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.input_layernorm = norm()
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = norm()
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp: MLP | SparseMLP
+        if sparse:
+            assert config.experts is not None  # or there is no such kind
+            self.mlp = SparseMLP(config.hidden_size, config.experts, ACTIVATIONS[config.hidden_act], rngs=rngs)
+        else:
+            self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
         self,

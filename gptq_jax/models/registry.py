@@ -1,13 +1,14 @@
 """Which Hugging Face configs are supported, and how each family reads its fields, as data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from gptq_jax.models.base import Architecture
 from gptq_jax.models.decoder import DecoderConfig
+from gptq_jax.models.experts import MIXTRAL_NAMES, QWEN_NAMES, Experts
 from gptq_jax.models.rope import SCALINGS, Rope
 
 
@@ -18,10 +19,43 @@ class Family:
     Attributes:
         defaults: values of fields a config file leaves out, as transformers has them.
         fixed: fields this family does not read, whatever a config file says.
+        qk_norm: heads of queries and keys are normalized.
+        experts: (the fields) -> its sparse MLPs.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    qk_norm: bool = False
+    experts: Callable[[Mapping[str, Any]], Experts | None] | None = None
+
+
+def _mixtral_experts(fields: Mapping[str, Any]) -> Experts:
+    return Experts(
+        count=fields["num_local_experts"],
+        top_k=fields["num_experts_per_tok"],
+        intermediate_size=fields["intermediate_size"],
+        names=MIXTRAL_NAMES,
+    )
+
+
+def _qwen3_experts(fields: Mapping[str, Any]) -> Experts | None:
+    count, step = fields.get("num_experts", fields.get("num_local_experts", 128)), fields["decoder_sparse_step"]
+    if count == 0:
+        return None
+    if step < 1:
+        raise ValueError(f"decoder_sparse_step={step} must be positive.")
+    named = fields.get("mlp_only_layers") or []
+    if not all(_is(index, int) for index in named):
+        raise ValueError(f"mlp_only_layers={named!r:.60} is no list of layers.")
+    layers = range(fields["num_hidden_layers"])
+    return Experts(
+        count=count,
+        top_k=fields["num_experts_per_tok"],
+        intermediate_size=fields["moe_intermediate_size"],
+        normalize=fields["norm_topk_prob"],
+        names=QWEN_NAMES,
+        dense_layers=tuple(index for index in layers if index in named or (index + 1) % step),
+    )
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -33,6 +67,34 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mistral": Family(
             defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
             fixed={"attention_bias": False, "mlp_bias": False},
+        ),
+        "mixtral": Family(
+            defaults={
+                "max_position_embeddings": 131072,
+                "num_key_value_heads": 8,
+                "sliding_window": None,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            fixed={"attention_bias": False, "mlp_bias": False},
+            experts=_mixtral_experts,
+        ),
+        "qwen3_moe": Family(
+            defaults={
+                "max_position_embeddings": 32768,
+                "num_key_value_heads": 4,
+                "sliding_window": 4096,
+                "use_sliding_window": False,
+                "decoder_sparse_step": 1,
+                "moe_intermediate_size": 768,
+                "num_experts_per_tok": 8,
+                "norm_topk_prob": False,
+            },
+            fixed={"mlp_bias": False},
+            qk_norm=True,
+            experts=_qwen3_experts,
         ),
     }
 )
@@ -54,9 +116,15 @@ _KINDS = {  # of the fields that are read, where they are not null
         "head_dim",
         "max_position_embeddings",
         "sliding_window",
+        "num_local_experts",
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "decoder_sparse_step",
     ),
     float: ("rms_norm_eps", "rope_theta", "partial_rotary_factor"),
-    bool: ("tie_word_embeddings", "attention_bias", "mlp_bias"),
+    bool: ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "norm_topk_prob"),
+    list: ("mlp_only_layers",),
     str: ("hidden_act",),
     dict: ("rope_scaling", "rope_parameters"),
 }
@@ -66,6 +134,7 @@ _KIND_NAMES = {
     bool: "true or false",
     str: "a string",
     dict: "an object",
+    list: "a list",
 }
 _NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")  # null is not the same as absent
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -111,8 +180,10 @@ def architecture_from_config(hf_config: Mapping[str, Any]) -> Architecture:
         hidden_act=fields["hidden_act"],
         attention_bias=fields["attention_bias"],
         mlp_bias=fields["mlp_bias"],
-        sliding_window=fields["sliding_window"],
+        sliding_window=fields["sliding_window"] if fields.get("use_sliding_window", True) else None,
         tie_embeddings=fields["tie_word_embeddings"],
+        qk_norm=family.qk_norm,
+        experts=None if family.experts is None else family.experts(fields),
     )
 
 
