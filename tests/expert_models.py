@@ -1,35 +1,35 @@
-"""The tiny models with experts that transformers saved, as tests use them."""
+"""The tiny models with experts of tests/architecture_cases.py, as tests use them."""
 
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import architecture_cases as cases
 import numpy as np
 
 from gptq_jax.models.base import Model
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.load import load
 
-DIRECTORY = Path(__file__).parent / "oracles" / "experts"
-NAMES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed")
 SPEC = QuantSpec(bits=4, group_size=16, scale_dtype="float16")
 PROJECTIONS = tuple(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
 
 
+def checkpoint(folder: Path, name: str) -> Path:
+    """A directory as transformers saves it."""
+    oracle = cases.oracle(name)
+    return cases.write_checkpoint(folder, oracle["config"], oracle["tensors"])
+
+
 @lru_cache
 def float_model(name: str) -> Model:
-    return load(DIRECTORY / name)
-
-
-@lru_cache
-def oracle(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and the logits that transformers gives them."""
-    found = np.load(DIRECTORY / name / "oracle.npz")
-    return found["tokens"], found["logits"]
+    with tempfile.TemporaryDirectory() as folder:
+        return load(checkpoint(Path(folder), name))
 
 
 def batches(count: int = 2, *, seed: int = 1, shape: tuple[int, int] = (4, 32)) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, 64, shape, dtype=np.int32) for _ in range(count)]
+    return [rng.integers(0, 48, shape, dtype=np.int32) for _ in range(count)]
 
 
 def routed_by_hand(x: np.ndarray, router: np.ndarray, top_k: int, normalize: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gptq_jax.models.base import Architecture
+from gptq_jax.models.experts import EXPERT
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.sharding import Placement
 
-# Constants that old checkpoints store although the model computes them.
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# Constants that old checkpoints store although the model computes them: frequencies, and causal masks.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MISFIT = "does not fit its config: "
-EXPERT = "{expert}"  # in the name of a leaf that stacks a tensor of each expert
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Leaf:
             return (self,)
         names = (self.tensor.replace(EXPERT, str(expert)) for expert in range(self.shape[0]))
         return tuple(replace(self, tensor=name, shape=self.shape[1:]) for name in names)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is the weight of a linear layer."""
+        return self.path.endswith(".kernel")
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

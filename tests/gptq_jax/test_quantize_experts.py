@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from expert_models import DIRECTORY, PROJECTIONS, SPEC, batches, float_model
+from expert_models import PROJECTIONS, SPEC, batches, checkpoint, float_model
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -32,7 +32,7 @@ HELD_OUT = batches(1, seed=7, shape=(8, 32))[0]
 
 
 @lru_cache
-def quantized(name="qwen3_moe", method=None, min_expert_tokens=60):
+def quantized(name="qwen3moe", method=None, min_expert_tokens=60):
     return quantize(float_model(name), batches(), SPEC, method, min_expert_tokens=min_expert_tokens)
 
 
@@ -63,7 +63,7 @@ def block_error(name, model):
 
 def test_gptq_is_better_than_rounding_on_outputs():
     (model, report), (rounded, rounded_report) = quantized(), quantized(method=rtn())
-    assert block_error("qwen3_moe", model) < 0.9 * block_error("qwen3_moe", rounded)
+    assert block_error("qwen3moe", model) < 0.9 * block_error("qwen3moe", rounded)
     ours, theirs = ({layer.path: layer for layer in each.layers} for each in (report, rounded_report))
     for path in PROJECTIONS:
         layer = ours[f"layers.0.{path}"]
@@ -87,7 +87,7 @@ def test_stacked_kernels_are_packed_and_the_router_is_not():
 def test_losses_are_sums_over_experts_of_their_own_tokens():
     """Against numpy: the first layer's gates, on the inputs that the packed attention before them gives."""
     model, report = quantized(method=rtn())
-    whole = float_model("qwen3_moe")
+    whole = float_model("qwen3moe")
     params = whole.params["layers"][0]
     attention = jax.tree.map(
         lambda leaf: leaf.dequantize() if isinstance(leaf, QuantizedTensor) else leaf,
@@ -101,7 +101,7 @@ def test_losses_are_sums_over_experts_of_their_own_tokens():
     for batch in batches():
         x = embed(whole.config, whole.params, jnp.asarray(batch))
         path = PROJECTIONS[0]
-        routed = capture_block(whole.config, "sparse", {**params, "self_attn": attention}, x, (path,))[path]
+        routed = capture_block(whole.config, "decoder", {**params, "self_attn": attention}, x, (path,))[path]
         ends = np.cumsum(routed.sizes)
         for expert, (end, size) in enumerate(zip(ends, routed.sizes, strict=True)):
             loss += np.square(np.asarray(routed.rows)[end - size : end].astype(np.float64) @ error[expert]).sum()
@@ -139,7 +139,7 @@ def test_experts_that_saw_too_few_tokens_are_named(monkeypatch):
 
 def with_unused_experts():
     """Routers choose 3 of 8: of each of three pairs the one with a positive logit, and never the last two."""
-    whole = float_model("qwen3_moe")
+    whole = float_model("qwen3moe")
     layers = []
     for layer in whole.params["layers"]:
         three = layer["mlp"]["gate"]["kernel"][:, :3]
@@ -170,7 +170,7 @@ def test_padding_is_no_token_of_an_expert():
     short = batches(1, shape=(4, 20))[0]
     padded = np.concatenate([short, np.full((4, 12), 5, np.int32)], axis=1)
     mask = np.arange(32)[None] < np.full((4, 1), 20)
-    results = [quantize(float_model("qwen3_moe"), [batch], SPEC, rtn())[1] for batch in (short, Batch(padded, mask))]
+    results = [quantize(float_model("qwen3moe"), [batch], SPEC, rtn())[1] for batch in (short, Batch(padded, mask))]
     for one, other in zip(*(report.layers for report in results), strict=True):
         assert one.experts == other.experts
         assert one.tokens == other.tokens == 80
@@ -180,7 +180,7 @@ def test_padding_is_no_token_of_an_expert():
 def test_what_is_recorded_once_serves_every_stage(monkeypatch):
     """Inputs that are computed again, rather than kept, give the same codes."""
     monkeypatch.setattr("gptq_jax.block._KEPT_BYTES", 0)
-    again, _ = quantize(float_model("qwen3_moe"), batches(), SPEC, min_expert_tokens=60)
+    again, _ = quantize(float_model("qwen3moe"), batches(), SPEC, min_expert_tokens=60)
     same = [
         np.mean(np.asarray(a.codes) == np.asarray(b.codes))
         for a, b in zip(packed(again), packed(quantized()[0]), strict=True)
@@ -191,7 +191,7 @@ def test_what_is_recorded_once_serves_every_stage(monkeypatch):
 @pytest.mark.parametrize("wrong", [-1])
 def test_a_negative_threshold_is_refused_before_any_work(wrong):
     with pytest.raises(ValueError, match="min_expert_tokens=-1 must not be negative"):
-        quantize(float_model("qwen3_moe"), [], SPEC, min_expert_tokens=wrong)
+        quantize(float_model("qwen3moe"), [], SPEC, min_expert_tokens=wrong)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_prepared_gates_and_ups_are_one_product(implementation):
 
 
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2", "compressed-tensors"])
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3moe", "mixtral"])
 def test_exported_and_loaded_bit_identical(name, format, tmp_path):
     model, _ = quantized(name, rtn() if name == "mixtral" else None)
     export(model, tmp_path / "out", format=format, dtype="float32")
@@ -249,8 +249,10 @@ def test_exported_floats_are_the_dequantized_weights(tmp_path):
 
 
 def test_a_float_model_is_exported_as_transformers_saved_it(tmp_path):
+    (tmp_path / "saved").mkdir()
+    checkpoint(tmp_path / "saved", "mixtral")
     export(float_model("mixtral"), tmp_path / "out", format="float", dtype="float32")
-    found, expected = (load_file(path / "model.safetensors") for path in (tmp_path / "out", DIRECTORY / "mixtral"))
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "saved"))
     assert sorted(found) == sorted(expected)
     for name, values in expected.items():
         np.testing.assert_array_equal(found[name], values)

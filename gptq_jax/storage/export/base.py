@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from gptq_jax.models.base import Model
+from gptq_jax.models.experts import EXPERT
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.directory import EXPORT_MARK, check_target, replacing, write_json
 from gptq_jax.storage.export.card import card
-from gptq_jax.storage.parameters import EXPERT
 from gptq_jax.storage.safetensors import INDEX, SINGLE
 from gptq_jax.tensor import QuantizedTensor, experts_of
 
