@@ -21,7 +21,15 @@ from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.base import capture_block, input_groups, run_block
 from gptq_jax.report import ExpertsReport, LayerReport
 from gptq_jax.spec import QuantSpec
-from gptq_jax.statistics import ExpertStats, init_experts, over_experts, solve_experts, update_experts, with_hessian
+from gptq_jax.statistics import (
+    ROWS_PER_INPUT,
+    ExpertStats,
+    init_experts,
+    over_experts,
+    solve_experts,
+    update_experts,
+    with_hessian,
+)
 from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 
 Inputs = dict[str, Input]  # of linear layers by path
@@ -82,7 +90,7 @@ class BlockTask:
 
     def needed(self, d_in: int) -> int:
         """Tokens that an expert must have seen for its own statistics to be used."""
-        return max(d_in if self.min_expert_tokens is None else self.min_expert_tokens, 1)
+        return max(ROWS_PER_INPUT * d_in if self.min_expert_tokens is None else self.min_expert_tokens, 1)
 
     def run(self, params: Params, stream: list[Array], known: list[Inputs]) -> list[Array]:
         """The residual stream after the block, batch by batch."""

@@ -45,7 +45,7 @@ def quantize(
         true_sequential: predecessors inside the block count too (q, k, v; then o; then gate and up; then
             down), not only earlier blocks.
         min_expert_tokens: experts that saw fewer tokens are solved with the statistics of all tokens of their
-            layer; None: as many as the layer has inputs, with fewer of which no Hessian has full rank.
+            layer; None: twice as many as the layer has inputs, see `statistics.ROWS_PER_INPUT`.
         on_layer: called after each layer.
 
     Returns:

@@ -18,6 +18,9 @@ from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.grouped import block_rows, cut
 
+# Rows for each input of its layer that an expert's own statistics need to be better than those of all tokens. With
+# as many rows as inputs they were worse by a fifth on other tokens, with twice as many equal (docs/algorithms.md).
+ROWS_PER_INPUT = 2
 _LEAST_ROWS = 32  # of a chunk: with fewer, reading and writing a Hessian costs more than what is added to it
 _SOLVED_BYTES = 4 * 2**20  # of the Hessians of experts that are solved side by side: more leave the caches of a CPU
 

@@ -75,7 +75,8 @@ def by_experts(
 ) -> Float[Array, "batch time hidden"]:
     """What a token's experts, each down(activation(gate(x)) * up(x)), add to the residual stream in all."""
     router, tokens = part("router"), x.reshape(-1, x.shape[-1])
-    routed = route(tokens, *router(tokens), router.experts.count)
+    chosen, weights = router(tokens)
+    routed = route(tokens, chosen, weights, router.experts.count)
     gate = part("expert_gate")(routed)
     down = part("expert_down")(gate._replace(rows=activation(gate.rows) * part("expert_up")(routed).rows))
     return combine(down).reshape(x.shape)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from expert_models import PROJECTIONS, SPEC, batches, checkpoint, float_model
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from gptq_jax import terminal
 from gptq_jax.calibration import Batch
@@ -24,6 +24,7 @@ from gptq_jax.models.prepared import prepare
 from gptq_jax.pipeline import quantize
 from gptq_jax.report import Report, expert_lines
 from gptq_jax.storage import save
+from gptq_jax.storage.base import CheckpointError
 from gptq_jax.storage.export import export
 from gptq_jax.storage.load import load
 from gptq_jax.tensor import QuantizedTensor, validate
@@ -261,3 +262,75 @@ def test_a_float_model_is_exported_as_transformers_saved_it(tmp_path):
 def test_gguf_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="models with experts cannot be written as GGUF: use --format gptq"):
         export(quantized()[0], tmp_path / "out.gguf", format="gguf")
+
+
+def damaged(folder, change):
+    """A GPTQ checkpoint of the model, its tensors changed."""
+    export(quantized("mixtral", rtn())[0], folder / "out", format="gptq", dtype="float32")
+    file = folder / "out" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder / "out"
+
+
+MODULE = "model.layers.1.block_sparse_moe.experts.2.w3"
+
+
+def lacking(tensors):
+    del tensors[f"{MODULE}.scales"]
+
+
+def one_float(tensors):
+    for suffix in ("qweight", "qzeros", "scales", "g_idx"):
+        del tensors[f"{MODULE}.{suffix}"]
+    tensors[f"{MODULE}.weight"] = np.zeros((48, 32), np.float32)
+
+
+def other_dtype(tensors):
+    tensors[f"{MODULE}.scales"] = tensors[f"{MODULE}.scales"].astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lacking, r"experts\.2\.w3\.scales is missing"),
+        (one_float, r"experts\.2\.w3 is float, but other experts of its layer are packed"),
+        (
+            other_dtype,
+            r"experts\.\{expert\}\.w3: experts have different grids, 4 bits .* \(float16\) and .* \(float32\)",
+        ),
+    ],
+)
+def test_packed_experts_that_do_not_fit_are_named(change, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        load(damaged(tmp_path, change))
+
+
+def test_an_expert_in_another_order_is_stacked_with_the_rest(tmp_path):
+    order = np.repeat([1, 0], 16).astype(np.int32)  # groups of 16 inputs, exchanged
+
+    def change(tensors):
+        tensors[f"{MODULE}.g_idx"] = order
+
+    found = load(damaged(tmp_path, change)).params["layers"][1]["block_sparse_moe"]["experts"]["w3"]["kernel"]
+    np.testing.assert_array_equal(found.group_of_row[2], order)
+    np.testing.assert_array_equal(found.group_of_row[0], order[::-1])
+    expected = quantized("mixtral", rtn())[0].params["layers"][1]["block_sparse_moe"]["experts"]["w3"]["kernel"]
+    np.testing.assert_array_equal(found.dequantize()[0], expected.dequantize()[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_local_experts": 5}, r"experts\.4\.w1\.weight is missing"),
+        ({"num_local_experts": 2}, r"experts\.2\.w1\.weight belongs to no part"),
+        ({"num_local_experts": 10**6}, "it has 1000000 experts, but there are"),
+        ({"intermediate_size": 40}, r"experts\.0\.w1\.weight has shape \(48, 32\), not \(40, 32\)"),
+    ],
+)
+def test_configs_of_other_experts_do_not_fit(fields, message, tmp_path):
+    file = checkpoint(tmp_path, "mixtral") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path)
