@@ -16,7 +16,15 @@ from gptq_jax.storage.fields import raise_problems
 from gptq_jax.storage.gguf import GgufFile
 from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
 from gptq_jax.storage.packed.read import read_packed_params
-from gptq_jax.storage.parameters import MISFIT, float_problems, leaves_of, left_over_problems, put, read_float
+from gptq_jax.storage.parameters import (
+    MISFIT,
+    float_problems,
+    leaves_of,
+    left_over_problems,
+    put,
+    read_float,
+    stored_parts,
+)
 from gptq_jax.storage.safetensors import SafetensorsDirectory, first_line
 from gptq_jax.storage.sharding import Placement, as_placement, one_device
 from gptq_jax.storage.store import is_store, load_store
@@ -118,7 +126,7 @@ def read_params(
         return read_packed_params(packed, architecture, dtype, placement)
     leaves, structure = leaves_of(source, architecture)
     problems = float_problems(source, leaves)
-    problems += left_over_problems(source, {leaf.tensor for leaf in leaves})
+    problems += left_over_problems(source, {leaf.tensor for leaf in stored_parts(leaves)})
     raise_problems(source.path, problems, MISFIT)
     arrays = [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, arrays)
