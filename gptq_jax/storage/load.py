@@ -165,7 +165,7 @@ def read_params(
         leaves = source.named(leaves)
     problems = float_problems(source, leaves)
     problems += left_over_problems(source, {leaf.tensor for leaf in leaves})
-    beside = source.config_file.parent in (source.path, source.path.parent)
+    beside = source.config_file in (source.path, source.path / "config.json")
     misfit = MISFIT if beside else f"does not fit {source.config_file} (is it of this model?): "
     raise_problems(source.path, problems, misfit)
     if isinstance(source, OrbaxTree):
