@@ -48,7 +48,7 @@ class Architecture(Protocol):
         """A hashable; blocks of one kind share a compiled function."""
 
     def abstract_embed(self) -> nnx.Module:
-        """Called with tokens [batch, time]; returns the residual stream [batch, time, d_model]."""
+        """Called with (tokens, positions), each [batch, time]; returns the residual stream [batch, time, d_model]."""
 
     def abstract_block(self, kind: Any) -> nnx.Module:
         """Called with (x, positions, cache, mask); returns the residual stream and the updated cache."""
@@ -124,7 +124,10 @@ def check_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "batch time"]:
 
 
 def embed(
-    config: Architecture, params: Params, tokens: Integer[Array, "batch time"]
+    config: Architecture,
+    params: Params,
+    tokens: Integer[Array, "batch time"],
+    positions: Int32[Array, "#batch time"] | None = None,
 ) -> Float[Array, "batch time d_model"]:
     """The residual stream before the first block.
 
@@ -132,8 +135,9 @@ def embed(
         config: the architecture.
         params: with at least the entry "embed".
         tokens: within the vocabulary.
+        positions: of the tokens, within the model's context; None for 0, 1, ...
     """
-    return _embed(config, params["embed"], tokens)
+    return _embed(config, params["embed"], tokens, positions)
 
 
 def run_block(
@@ -232,7 +236,7 @@ def input_groups(config: Architecture, kind: Hashable) -> tuple[tuple[str, ...],
         return out
 
     x = jax.eval_shape(
-        partial(_embed, config), parameters(config.abstract_embed()), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        partial(_embed, config), parameters(config.abstract_embed()), jax.ShapeDtypeStruct((1, 2), jnp.int32), None
     )
     jax.eval_shape(trace, parameters(abstract), x)
     return tuple(tuple(group) for group in groups.values())
@@ -253,8 +257,9 @@ def _abstract_block(config: Architecture, kind: Hashable) -> nnx.Module:
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(config: Architecture, params: Params, tokens: Array) -> Array:
-    return bind(config.abstract_embed(), params)(tokens)  # type: ignore[operator]
+def _embed(config: Architecture, params: Params, tokens: Array, positions: Array | None) -> Array:
+    positions = _default_positions(tokens) if positions is None else positions
+    return bind(config.abstract_embed(), params)(tokens, positions)  # type: ignore[operator]
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)

@@ -15,8 +15,8 @@ from gptq_jax.models.base import Architecture
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.sharding import Placement
 
-# Constants that old checkpoints store although the model computes them.
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# Constants that old checkpoints store although the model computes them: frequencies, and causal masks.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 MISFIT = "does not fit its config: "
 
@@ -36,6 +36,11 @@ class Leaf:
     tensor: str
     transposed: bool
     shape: tuple[int, ...]
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is the weight of a linear layer."""
+        return self.path.endswith(".kernel")
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

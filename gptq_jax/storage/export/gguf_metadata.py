@@ -27,7 +27,7 @@ def llama_metadata(config: DecoderConfig) -> tuple[dict[str, Any], Float[np.ndar
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_heads,
         "attention.head_count_kv": config.num_kv_heads,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.head_dim,

@@ -113,7 +113,7 @@ def make_plan(checkpoint: PackedCheckpoint, architecture: Architecture) -> Plan:
     packed: list[Leaf] = []
     floats: list[Leaf] = []
     for leaf in leaves:
-        (packed if leaf.transposed and _is_packed(stored, leaf, fmt) else floats).append(leaf)
+        (packed if leaf.is_kernel and _is_packed(stored, leaf, fmt) else floats).append(leaf)
     problems = float_problems(source, floats)
     problems += [
         f"{leaf.tensor} is {source.dtype(leaf.tensor)}, not a float weight ({', '.join(STORED_DTYPES)})"
@@ -143,7 +143,7 @@ def make_plan(checkpoint: PackedCheckpoint, architecture: Architecture) -> Plan:
         for note in grids[leaf.path].notes:
             remarks[note].append(module)
     raise_problems(source.path, problems, MISFIT)
-    if kept := [module_of(leaf) for leaf in floats if leaf.transposed and fmt.spec_of(module_of(leaf)) is not None]:
+    if kept := [module_of(leaf) for leaf in floats if leaf.is_kernel and fmt.spec_of(module_of(leaf)) is not None]:
         kept = [module for module in kept if module != _HEAD]
         if kept:
             remarks["stored as float though the config does not leave it so"] += kept

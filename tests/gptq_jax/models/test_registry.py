@@ -28,7 +28,7 @@ def test_defaults_are_those_of_transformers():
     least = {name: TINY[name] for name in needed} | {"hidden_size": 64, "num_attention_heads": 8}
     llama = architecture_from_config({"model_type": "llama", **least})
     assert (llama.num_kv_heads, llama.head_dim, llama.context_length) == (8, 8, 2048)
-    assert (llama.sliding_window, llama.tie_embeddings, llama.rms_norm_eps) == (None, False, 1e-6)
+    assert (llama.sliding_window, llama.tie_embeddings, llama.norm_eps) == (None, False, 1e-6)
     assert llama.rope == Rope(theta=10000.0)
     mistral = architecture_from_config({"model_type": "mistral", **least, "num_attention_heads": 16})
     assert (mistral.num_kv_heads, mistral.context_length, mistral.sliding_window) == (8, 131072, 4096)
