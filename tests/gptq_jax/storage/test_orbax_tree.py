@@ -87,6 +87,18 @@ def test_trees(tmp_path, names, nesting, own):
     check(write(tmp_path / "m", NESTINGS[nesting](own if names == "own" else tree("llama"))))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_trees_of_other_families(tmp_path, family):
+    """GPT-2's kernels are stored the other way around."""
+    config = ORACLES / family / "config.json"
+    write(tmp_path / "own", load(ORACLES / family).params)
+    write(tmp_path / "transformers", tree(family))
+    expected, tokens = logits(family)
+    for names in ("own", "transformers"):
+        found = load(tmp_path / names, arch_config=config)(tokens)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
 def test_bfloat16(tmp_path, own):
     write(tmp_path / "m", jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), own))
     for dtype in ("bfloat16", "float32"):
