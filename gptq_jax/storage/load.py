@@ -169,7 +169,7 @@ def read_params(
     misfit = MISFIT if beside else f"does not fit {source.config_file} (is it of this model?): "
     raise_problems(source.path, problems, misfit)
     if isinstance(source, OrbaxTree):
-        arrays = [source.leaf(leaf, dtype, placement) for leaf in leaves]
+        arrays = source.parameters(leaves, dtype, placement)
     else:
         arrays = [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, arrays)

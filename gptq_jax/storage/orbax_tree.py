@@ -1,10 +1,10 @@
 """Orbax checkpoints of a parameter tree: this library's own names, or those of a Flax model of transformers 4.
 
-The shapes come from Orbax's metadata; each array is then restored alone, straight onto its devices.
+The shapes come from Orbax's metadata; then every array is restored straight onto its devices.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gptq_jax.storage.base import FLOAT_DTYPES, CheckpointError
 from gptq_jax.storage.flax_names import FlaxName, unwrapped
 from gptq_jax.storage.flax_tree import named_as_torch
 from gptq_jax.storage.hf_directory import read_config, read_tokenizer
-from gptq_jax.storage.parameters import Leaf
+from gptq_jax.storage.parameters import Leaf, put, read_float
 from gptq_jax.storage.safetensors_header import first_line
 from gptq_jax.storage.sharding import Placement
 
@@ -77,46 +77,63 @@ class OrbaxTree:
         import orbax.checkpoint as ocp
 
         found = self._names[name]
-        values = np.asarray(self._restore(found.path, ocp.RestoreArgs(restore_type=np.ndarray)))
-        return values.T if found.transposed else values
+        (values,) = self._restore({found.path: ocp.RestoreArgs(restore_type=np.ndarray)})
+        return np.asarray(values).T if found.transposed else np.asarray(values)
 
-    def leaf(self, leaf: Leaf, dtype: str, placement: Placement) -> Shaped[Array, "..."]:
-        """One parameter of a model, restored onto its devices; CheckpointError if it is not finite."""
+    def parameters(self, leaves: list[Leaf], dtype: str, placement: Placement) -> list[Shaped[Array, "..."]]:
+        """Parameters of a model, each restored straight onto its devices; CheckpointError if one is not finite."""
         import orbax.checkpoint as ocp
 
-        found = self._names[leaf.tensor]
-        if found.transposed == leaf.transposed:
-            sharding = placement(leaf.path, leaf.shape)
-            array = self._restore(found.path, ocp.ArrayRestoreArgs(dtype=jnp.dtype(dtype), sharding=sharding))
-        else:
-            values = self.tensor(leaf.tensor)
-            values = np.ascontiguousarray(values.T if leaf.transposed else values, dtype=jnp.dtype(dtype))
-            array = jax.device_put(values, placement(leaf.path, leaf.shape))
-        if not bool(jnp.isfinite(array).all()):
-            raise CheckpointError(self.path, f"{found.path!r} holds NaN or infinity.")
-        return array
+        direct: dict[str, Leaf] = {}  # those that are not stored the other way around, which is undone on the host
+        for leaf in leaves:
+            found = self._names.get(leaf.tensor)
+            if found is not None and found.transposed == leaf.transposed:
+                direct[found.path] = leaf
+        restored = self._restore(
+            {
+                path: ocp.ArrayRestoreArgs(dtype=jnp.dtype(dtype), sharding=placement(leaf.path, leaf.shape))
+                for path, leaf in direct.items()
+            }
+        )
+        arrays = {leaf.path: array for leaf, array in zip(direct.values(), restored, strict=True)}
+        for path, leaf in direct.items():
+            if not bool(jnp.isfinite(arrays[leaf.path]).all()):
+                raise CheckpointError(self.path, f"{path!r} holds NaN or infinity.")
+        return [
+            arrays[leaf.path] if leaf.path in arrays else put(read_float(self, leaf, dtype), leaf.path, placement)
+            for leaf in leaves
+        ]
 
     def tokenizer(self) -> Any | None:
         """The tokenizer beside the config.json."""
         return read_tokenizer(self.config_file.parent)
 
-    def _restore(self, path: str, how: Any) -> Any:
+    def _restore(self, how: dict[str, Any]) -> list[Any]:
+        """The arrays at the paths of `how`, which says into what each is restored."""
         import orbax.checkpoint as ocp
 
-        keys, stored = self._stored[path]
-        if jnp.dtype(stored.dtype) not in FLOAT_DTYPES:
-            floats = ", ".join(dtype.name for dtype in FLOAT_DTYPES)
-            raise CheckpointError(self.path, f"{path!r} is {stored.dtype}, not a float weight ({floats}).")
-        item = jax.tree_util.tree_map_with_path(lambda at, _: 0 if at == keys else ocp.PLACEHOLDER, self._tree)
-        restore_args = jax.tree_util.tree_map(lambda _: how, item)
+        wanted = {}
+        for path, restore_args in how.items():
+            keys, stored = self._stored[path]
+            if jnp.dtype(stored.dtype) not in FLOAT_DTYPES:
+                floats = ", ".join(dtype.name for dtype in FLOAT_DTYPES)
+                raise CheckpointError(self.path, f"{path!r} is {stored.dtype}, not a float weight ({floats}).")
+            wanted[keys] = restore_args
+
+        def over_tree(value: Callable[[Any], Any], other: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(lambda at, _: value(at) if at in wanted else other, self._tree)
+
+        args = ocp.args.PyTreeRestore(
+            item=over_tree(lambda at: 0, ocp.PLACEHOLDER),
+            restore_args=over_tree(wanted.__getitem__, ocp.RestoreArgs()),
+        )
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
-                tree = checkpointer.restore(
-                    self.path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-                )
+                tree = checkpointer.restore(self.path, args=args)
         except Exception as error:  # Orbax lets many kinds through
-            raise CheckpointError(self.path, f"{path!r} cannot be restored: {first_line(error)}") from error
-        return dict(jax.tree_util.tree_flatten_with_path(tree)[0])[keys]
+            raise CheckpointError(self.path, f"cannot be restored: {first_line(error)}") from error
+        arrays = dict(jax.tree_util.tree_flatten_with_path(tree)[0])
+        return [arrays[keys] for keys in wanted]
 
 
 def is_orbax(path: Path) -> bool:
