@@ -26,12 +26,12 @@ class Table(nnx.Module):
         return jnp.take(self.embedding[...], indices, axis=0)
 
 
-class Embedding(Table):
+class Embedding(nnx.Module):
     """Tokens, with what the family adds to them: a scale, a projection, learned positions, a norm."""
 
     def __init__(self, config: DecoderFields, *, rngs: nnx.Rngs):
         width = config.embedding_size or config.hidden_size
-        super().__init__(config.vocab_size, width, rngs=rngs)
+        self.embedding = nnx.Param(jnp.zeros((config.vocab_size, width)))
         self.config = config
         if width != config.hidden_size:
             self.project = nnx.Linear(width, config.hidden_size, use_bias=False, rngs=rngs)
@@ -44,7 +44,7 @@ class Embedding(Table):
         self, tokens: Int32[Array, "batch time"], positions: Int32[Array, "#batch time"]
     ) -> Float[Array, "batch time hidden"]:
         """The residual stream of `tokens` at `positions`."""
-        x = super().__call__(tokens)
+        x = jnp.take(self.embedding[...], tokens, axis=0)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         if hasattr(self, "project"):

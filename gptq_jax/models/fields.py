@@ -1,5 +1,6 @@
 """What a decoder is made of, as data."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -103,6 +104,8 @@ class DecoderFields:
                 f"head_dim={self.head_dim} must be even: rotary embedding turns pairs of the "
                 f"{self.rope.rotated(self.head_dim)} values it rotates."
             )
+        if self.rope is not None:
+            self.rope.frequencies(self.head_dim)  # which refuses settings that do not fit
         for name, table in _CHOICES.items():
             if (value := getattr(self, name)) not in table:
                 raise ValueError(f"{name}={value!r} is not supported: use one of {sorted(table)}.")
@@ -129,7 +132,7 @@ class DecoderFields:
         return replace(self, layer_kinds=(), kinds=(), **dict(fields)) if fields else self
 
 
-_CHOICES = {
+_CHOICES: dict[str, Collection[str]] = {
     "norm": NORMS,
     "residual": RESIDUALS,
     "mlp": MLPS,

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-
 Setting = float | tuple[float, ...]
 Settings = dict[str, Any]  # the numbers of a kind, by their names in Hugging Face configs
 

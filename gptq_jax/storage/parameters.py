@@ -1,8 +1,8 @@
 """Which stored tensor each parameter of a model is, whether all fit, and the float ones as arrays."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,11 @@ from gptq_jax.storage.sharding import Placement
 
 # Constants that old checkpoints store although the model computes them: frequencies, and causal masks.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+OUTPUTS = ("lm_head.weight", "embed_out.weight")
+# What checkpoints write before their names in place of the first part of ours: nothing, where the model was saved
+# without its head; the path of the language model, where it is one of several.
+BASES = ("", "language_model.model.", "model.language_model.")
+OTHER_MODELS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 MISFIT = "does not fit its config: "
 
 
@@ -60,7 +64,20 @@ def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Le
             source.path, f"{MISFIT}num_hidden_layers is {architecture.num_layers}, but there are {stored} tensors."
         )
     leaves, structure = _leaves(architecture)
-    return list(leaves), structure
+    names = _stored_names(leaves, set(source.names()))
+    return [replace(leaf, tensor=name) for leaf, name in zip(leaves, names, strict=True)], structure
+
+
+def _stored_names(leaves: Sequence[Leaf], stored: set[str]) -> list[str]:
+    """What the checkpoint calls each tensor: as we do, or with another base before the name of every block."""
+    ours = [leaf.tensor for leaf in leaves]
+    base = ours[0].split(".")[0] + "."
+    if not any(name.startswith(base) and name in stored for name in ours):
+        for other in BASES:
+            renamed = [other + name.removeprefix(base) if name.startswith(base) else name for name in ours]
+            if renamed[0] in stored:
+                return renamed
+    return ours
 
 
 def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
@@ -77,12 +94,13 @@ def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
 def left_over_problems(source: TensorSource, used: set[str]) -> list[str]:
     """The tensors that nothing uses, each a phrase."""
     problems = []
-    left_over = sorted(name for name in set(source.names()) - used if not COMPUTED.search(name))
-    if OUTPUT in left_over and EMBEDDING in used:
+    unused = set(source.names()) - used
+    left_over = sorted(name for name in unused if not COMPUTED.search(name) and not OTHER_MODELS.search(name))
+    for output in sorted(set(OUTPUTS) & set(left_over)):
         # The config ties the head to the embedding: a stored copy may be dropped, another matrix may not.
-        left_over.remove(OUTPUT)
-        if not _equal(source, OUTPUT, EMBEDDING):
-            problems.append(f"{OUTPUT} differs from {EMBEDDING} though the config ties them")
+        left_over.remove(output)
+        if not any(_equal(source, output, name) for name in used):
+            problems.append(f"{output} differs from the embedding though the config ties them")
     return problems + [f"{name} belongs to no part of this architecture" for name in left_over]
 
 

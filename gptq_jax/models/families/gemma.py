@@ -54,9 +54,9 @@ def _gemma3(fields: Fields) -> dict[str, Any]:
             raise ValueError(f"rope_parameters.{name}={own!r:.60} is not an object.")
         return read_rope(GEMMA3, {**fields, "rope_parameters": {**older[name], **own}, "rope_scaling": None})
 
-    return _capped(fields) | by_layer_type(
+    return {**_capped(fields), "rope": rope("full_attention")} | by_layer_type(
         types,
-        full_attention={"sliding_window": None, "rope": rope("full_attention")},
+        full_attention={"sliding_window": None},
         sliding_attention={"rope": rope("sliding_attention")},
     )
 

@@ -10,7 +10,9 @@ def windows(fields: Fields) -> dict[str, Any]:
     if not fields["use_sliding_window"] or fields["sliding_window"] is None:
         return {"sliding_window": None}
     layers, first = fields["num_hidden_layers"], fields["max_window_layers"]
-    types = fields.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    types = fields.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
     return by_layer_type(types, full_attention={"sliding_window": None}, sliding_attention={})
 
 

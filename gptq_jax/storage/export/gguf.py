@@ -18,7 +18,8 @@ from gptq_jax.storage.export.base import Modules, Options, as_dtype, modules, re
 from gptq_jax.storage.export.gguf_blocks import BlockType, block_type, encode
 from gptq_jax.storage.export.gguf_metadata import llama_metadata
 from gptq_jax.storage.export.gguf_tokenizer import tokenizer_metadata
-from gptq_jax.storage.gguf import BLOCK, OUTER, ROPE_DIVISORS
+from gptq_jax.storage.gguf_config import DIVISORS
+from gptq_jax.storage.gguf_families import BLOCK, OUTER
 from gptq_jax.storage.gguf_header import MAGIC
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -140,7 +141,7 @@ def _entries(
         return neighbour_rotation_order(values, heads[projection]) if projection in heads else values
 
     if divisors is not None:
-        yield Entry(ROPE_DIVISORS, divisors.shape, "F32", lambda: divisors)
+        yield Entry(DIVISORS, divisors.shape, "F32", lambda: divisors)
     for name, (leaf, transposed) in found.floats.items():
         stored = dtype if leaf.ndim == 2 else "float32"
 

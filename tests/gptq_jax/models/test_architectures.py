@@ -125,7 +125,7 @@ def test_a_quantized_model_is_stored_prepared_and_generates(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "opt_350m"])
-def test_gptq_checkpoints_come_back_as_they_were(name, tmp_path):
+def test_exported_checkpoints_come_back_as_they_were(name, tmp_path):
     solved, _ = quantized(name, GPTQ)
     gptq_jax.export(solved, tmp_path / "out", format="gptq", dtype="float32")
     found = gptq_jax.load(tmp_path / "out")

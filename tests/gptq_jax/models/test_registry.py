@@ -44,10 +44,11 @@ def test_a_family_ignores_what_transformers_ignores():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**TINY, "model_type": "bert"}, r"'bert' is not supported: use one of \['llama', 'mistral'\]"),
+        ({**TINY, "model_type": "bert"}, r"'bert' is not supported: use one of \['bloom', .*'llama', 'mistral', "),
         (without(TINY, "model_type"), "'None' is not supported"),
         (without(TINY, "vocab_size", "hidden_size"), "lacks vocab_size, hidden_size"),
-        ({**TINY, "rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({**TINY, "rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported"),
+        ({**TINY, "rope_parameters": {"rope_type": "longrope"}}, "'longrope' needs short_factor, long_factor"),
         ({**TINY, "rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
         ({**TINY, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({**TINY, "hidden_act": "mish"}, "hidden_act='mish'"),
