@@ -19,9 +19,6 @@ PARAMETERS: Mapping[str, tuple[str, bool]] = MappingProxyType(
         "bias": ("bias", False),
     }
 )
-# `base_model_prefix` of a family: where the model without its head lies in the one with it.
-BASES: Mapping[str, str] = MappingProxyType(dict.fromkeys(("gpt2", "gpt_neo", "gptj", "bloom"), "transformer"))
-DEFAULT_BASE = "model"
 HEAD = "lm_head"
 # FlaxLlamaForCausalLM and FlaxMistralForCausalLM have a head of their own even where the config ties it.
 NEVER_TIED = ("llama", "mistral")
@@ -42,28 +39,22 @@ class FlaxName:
     transposed: bool
 
 
-def torch_names(paths: Iterable[str], model_type: str) -> dict[str, FlaxName]:
+def torch_names(paths: Iterable[str]) -> dict[str, FlaxName]:
     """Torch's names of the parameters of a Flax tree, in its order.
 
     Args:
         paths: of the tree's leaves, joined by "/"; with or without the collection "params", in which case whatever
-            lies outside of it is passed over, and with or without the base model's prefix.
-        model_type: of the config.
+            lies outside of it is passed over.
 
     Returns:
         Each torch name, like "model.layers.0.mlp.up_proj.weight"; a parameter that transformers did not have keeps
-        its own name with dots.
+        its own name with dots. The base model alone has no "model." or "transformer." before its names, as in torch.
 
     Raises:
         ValueError: two parameters have one torch name.
     """
-    base = BASES.get(model_type, DEFAULT_BASE)
-    inner = unwrapped(paths)
-    has_base = any(parts[0] == base for parts in inner.values())
     found: dict[str, FlaxName] = {}
-    for path, parts in inner.items():
-        if not has_base and parts[0] != HEAD:
-            parts = (base, *parts)
+    for path, parts in unwrapped(paths).items():
         name, transposed = PARAMETERS.get(parts[-1], (parts[-1], False))
         torch_name = ".".join((*parts[:-1], name))
         if torch_name in found:

@@ -70,7 +70,7 @@ def named_as_torch(path: Path, paths: Iterable[str], config: dict[str, Any]) -> 
         CheckpointError: two parameters have one name.
     """
     try:
-        names = torch_names(paths, str(config.get("model_type")))
+        names = torch_names(paths)
     except ValueError as error:
         raise CheckpointError(path, str(error)) from None
     if config.get("model_type") in NEVER_TIED and f"{HEAD}.weight" in names:
