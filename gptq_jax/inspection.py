@@ -1,6 +1,7 @@
 """What is in a model, without reading its weights."""
 
 import math
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from gptq_jax.storage.store import is_store, read_shapes, tree_bytes
 from gptq_jax.tensor import QuantizedTensor
 
 
-def inspect_model(model: str) -> dict[str, Any]:
+def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) -> dict[str, Any]:
     """Layers with shape, grid, bytes, bits per weight, reported loss, and the implementations that run each.
 
     Args:
         model: anything `load` takes.
+        arch_config: as for `load`.
 
     Returns:
         Plain data; `layers` are the matrices of every block, and the output head where it is packed. `format`
@@ -36,11 +38,11 @@ def inspect_model(model: str) -> dict[str, Any]:
     """
     path = Path(model)
     packed, report = None, None
-    if is_store(path):
+    if is_store(path) and arch_config is None:
         _, params, report = read_shapes(path)
         kind = "gptq-jax store"
     else:
-        source = open_source(model)
+        source = open_source(model, arch_config)
         config = read_architecture(source)
         if (checkpoint := packed_format(source)) is not None:
             params, unusual = describe_packed(checkpoint, config)
@@ -49,7 +51,7 @@ def inspect_model(model: str) -> dict[str, Any]:
         else:
             leaves_of(source, config)  # the number of layers is believable
             params = config.abstract_params()
-            kind = type(source).__name__
+            kind = source.format
     measured = {layer["path"]: layer for layer in (report or {}).get("layers", [])}
     layers = []
     leaves = jax.tree_util.tree_leaves_with_path(
