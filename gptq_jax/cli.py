@@ -149,6 +149,10 @@ def quantize(
     true_sequential: Annotated[
         bool, typer.Option(help="Layers see their quantized predecessors inside the block too.")
     ] = True,
+    min_expert_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
+    ] = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
@@ -188,7 +192,13 @@ def quantize(
     windows = sample_windows(token_stream(text, loaded.tokenizer), samples=samples, length=length, seed=seed)
     with layer_progress() as on_layer:
         quantized, report = quantize_model(
-            loaded, batches(windows, batch_size), rules, chosen, true_sequential=true_sequential, on_layer=on_layer
+            loaded,
+            batches(windows, batch_size),
+            rules,
+            chosen,
+            true_sequential=true_sequential,
+            min_expert_tokens=min_expert_tokens,
+            on_layer=on_layer,
         )
     settings = {
         **report.settings,

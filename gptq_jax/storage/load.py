@@ -18,7 +18,15 @@ from gptq_jax.storage.gguf import GgufFile
 from gptq_jax.storage.orbax_tree import OrbaxTree, is_orbax
 from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
 from gptq_jax.storage.packed.read import read_packed_params
-from gptq_jax.storage.parameters import MISFIT, float_problems, leaves_of, left_over_problems, put, read_float
+from gptq_jax.storage.parameters import (
+    MISFIT,
+    float_problems,
+    leaves_of,
+    left_over_problems,
+    put,
+    read_float,
+    stored_parts,
+)
 from gptq_jax.storage.safetensors import SafetensorsDirectory
 from gptq_jax.storage.safetensors_header import first_line
 from gptq_jax.storage.sharding import Placement, as_placement, one_device
@@ -164,7 +172,7 @@ def read_params(
     if isinstance(source, OrbaxTree):
         leaves = source.named(leaves)
     problems = float_problems(source, leaves)
-    problems += left_over_problems(source, {leaf.tensor for leaf in leaves})
+    problems += left_over_problems(source, {leaf.tensor for leaf in stored_parts(leaves)})
     beside = source.config_file in (source.path, source.path / "config.json")
     misfit = MISFIT if beside else f"does not fit {source.config_file} (is it of this model?): "
     raise_problems(source.path, problems, misfit)

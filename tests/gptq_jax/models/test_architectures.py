@@ -1,6 +1,7 @@
 """The contract of every architecture, against transformers' own models of random weights."""
 
 import tempfile
+import textwrap
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from gptq_jax import QuantSpec, gptq, rtn
 from gptq_jax.generate import generate_tokens
 from gptq_jax.models import base
 from gptq_jax.models.base import linear_paths, run_block
+from gptq_jax.models.families.base import read_config
+from gptq_jax.storage.load import open_source, read_params
 from gptq_jax.storage.store import packed_layers
 
-EVERY = sorted(cases.CONFIGS)
+EVERY = sorted(set(cases.CONFIGS) - {cases.DOCUMENTED})
 ONE_OF_EACH_FAMILY = [name for name in EVERY if "_" not in name.removeprefix("gpt_")] + ["opt_350m"]
 SPEC = QuantSpec(bits=4, group_size=16)
 
@@ -122,6 +125,19 @@ def test_a_quantized_model_is_stored_prepared_and_generates(name, tmp_path):
     assert (logits.max(-1) - logits[np.arange(4), greedy] < 1e-3).all()  # the likeliest, but for a tie
     prepared = gptq_jax.prepare(found)
     assert relative(np.asarray(prepared(prompt[None])), np.asarray(solved(prompt[None]))) < 1e-5
+
+
+def test_the_documented_family_has_the_logits_of_transformers(tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "adding_a_model.md").read_text()
+    code = page[page.index("```python") + 9 : page.index("   ```\n", page.index("```python") + 9)]
+    exec(textwrap.dedent(code), found := {})
+    oracle = cases.oracle(cases.DOCUMENTED)
+    architecture = read_config(cases.DOCUMENTED, found["STABLELM"], oracle["config"])
+    source = open_source(cases.write_checkpoint(tmp_path, oracle["config"], oracle["tensors"]))
+    documented = base.Model(architecture, read_params(source, architecture))
+    assert relative(documented(cases.tokens(cases.DOCUMENTED)), oracle["logits"]) < 2e-5
+    with pytest.raises(ValueError, match="use_parallel_residual=True is not supported: only False is"):
+        read_config(cases.DOCUMENTED, found["STABLELM"], {**oracle["config"], "use_parallel_residual": True})
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "opt_350m"])
