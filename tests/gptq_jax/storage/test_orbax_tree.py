@@ -22,6 +22,8 @@ from gptq_jax.inspection import inspect_model
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.storage.load import open_source
 
+# What Orbax had begun to read when a damaged file stopped it ends late.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 CONFIG = ORACLES / "llama" / "config.json"
 
 
@@ -223,7 +225,6 @@ def files_of(path):
     return [file for file in sorted(path.rglob("*")) if file.is_file() and "array_metadatas" not in file.parts]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # threads of Orbax end late
 def test_damage(tmp_path, own):
     """Any file of the checkpoint cut off or emptied: it loads with the same values, or is refused."""
     good = write(tmp_path / "good", own)
