@@ -27,6 +27,7 @@ _COMMON: dict[str, Any] = {
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
 _WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
+_QWEN_MOE = {**_GROUPED, "moe_intermediate_size": 16, "head_dim": 12}
 _GEMMA = {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
 _OPT = {"model_type": "opt", **_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}
 _GPT = {
@@ -67,6 +68,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
+    },
+    "mixtral": {"model_type": "mixtral", **_GROUPED, "num_local_experts": 4},
+    "qwen3moe": {"model_type": "qwen3_moe", **_QWEN_MOE, "num_experts": 8, "num_experts_per_tok": 3},
+    "qwen3moe_mixed": {
+        "model_type": "qwen3_moe",
+        **_QWEN_MOE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [0],
+        "tie_word_embeddings": True,
     },
     "phi3": {"model_type": "phi3", **_GROUPED, "sliding_window": 6},
     "phi3_long": {

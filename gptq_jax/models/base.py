@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from gptq_jax.hooks.nnx import Params, bind, linear_layers, parameters, record_inputs
+from gptq_jax.hooks.nnx import Input, Params, bind, linear_layers, parameters, record_inputs
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
 
@@ -148,7 +148,7 @@ def run_block(
     positions: Int32[Array, "#batch time"] | None = None,
     cache: Cache = None,
     mask: Bool[Array, "batch time"] | None = None,
-    known: Mapping[str, Float[Array, "batch time _"]] | None = None,
+    known: Mapping[str, Input] | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], Cache]:
     """The residual stream after a block, and the updated cache (None if there is none).
 
@@ -174,9 +174,9 @@ def capture_block(
     x: Float[Array, "batch time d_model"],
     wanted: tuple[str, ...],
     mask: Bool[Array, "batch time"] | None = None,
-    known: Mapping[str, Float[Array, "batch time _"]] | None = None,
-) -> dict[str, Float[Array, "batch time _"]]:
-    """The inputs [batch, time, d_in] of the linear layers `wanted`; nothing they do not need is computed.
+    known: Mapping[str, Input] | None = None,
+) -> dict[str, Input]:
+    """The inputs of the linear layers `wanted`, [batch, time, d_in] or Routed; nothing they do not need is computed.
 
     To walk through a block layer by layer, pass what was captured so far as `known`: with the input of o_proj
     known, the attention before it is not computed again.
@@ -271,7 +271,7 @@ def _run_block(
     positions: Array | None,
     cache: Cache,
     mask: Array | None,
-    known: dict[str, Array],
+    known: dict[str, Input],
 ) -> tuple[Array, Cache]:
     module = bind(_abstract_block(config, kind), block_params)
     if known:
@@ -288,8 +288,8 @@ def _capture_block(
     x: Array,
     mask: Array | None,
     wanted: tuple[str, ...],
-    known: dict[str, Array],
-) -> dict[str, Array]:
+    known: dict[str, Input],
+) -> dict[str, Input]:
     module = bind(_abstract_block(config, kind), block_params)
     tape = record_inputs(module, known)
     module(x, _default_positions(x), None, mask)  # type: ignore[operator]

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from gptq_jax.models.attention import KVCache, cached_attention, causal_attention
+from gptq_jax.models.experts import by_experts, expert_layers
 from gptq_jax.models.fields import DecoderFields
 from gptq_jax.models.mlp import ACTIVATIONS, MLPS
 from gptq_jax.models.norms import NORMS
@@ -82,8 +83,12 @@ class Block(nnx.Module):
             for role in ("query_norm", "key_norm"):
                 self._place(role, NORMS[config.norm](config.head_dim, config.norm_eps, rngs=rngs))
         self._place("output", linear(queries, hidden, use_bias=output_bias))
-        for role, shape in MLPS[config.mlp].layers(hidden, inner).items():
-            self._place(role, linear(*shape, use_bias=config.mlp_bias))
+        if config.experts is not None:
+            for role, layer in expert_layers(hidden, config.experts, rngs=rngs).items():
+                self._place(role, layer)
+        else:
+            for role, shape in MLPS[config.mlp].layers(hidden, inner).items():
+                self._place(role, linear(*shape, use_bias=config.mlp_bias))
         for role in RESIDUALS[config.residual].norms:
             self._place(role, NORMS[config.norm](hidden, config.norm_eps, rngs=rngs))
 
@@ -96,7 +101,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "batch time hidden"], KVCache | None]:
         """The residual stream after the block, and the updated cache; see `run_block` for positions and mask."""
         attend = partial(self._attend, positions=positions, cache=cache, mask=mask)
-        mlp = partial(MLPS[self.config.mlp].transform, self._part, ACTIVATIONS[self.config.hidden_act])
+        transform = MLPS[self.config.mlp].transform if self.config.experts is None else by_experts
+        mlp = partial(transform, self._part, ACTIVATIONS[self.config.hidden_act])
         return RESIDUALS[self.config.residual].join(x, self._part, attend, mlp)
 
     def _attend(

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from gptq_jax.hooks.nnx import Params, parameters
 from gptq_jax.models.attention import KVCache
 from gptq_jax.models.blocks import Block, Embedding, Head
+from gptq_jax.models.experts import EXPERT
 from gptq_jax.models.fields import DecoderFields
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -54,8 +55,10 @@ class DecoderConfig(DecoderFields):
         """The Hugging Face tensor of the leaf at `path`, and whether it is stored transposed."""
         *module, leaf = path
         if module[0] == "layers":
-            name = ".".join([self.names.blocks, *map(str, module[1:])])
-            return f"{name}.{_LEAVES[str(leaf)]}", leaf == "kernel" and self.transposed
+            parts = [self.names.blocks, *map(str, module[1:])]
+            if parts[-2] == "experts":
+                parts.insert(-1, EXPERT)
+            return f"{'.'.join(parts)}.{_LEAVES[str(leaf)]}", leaf == "kernel" and self.transposed
         return f"{getattr(self.names, _OUTER[tuple(map(str, module))])}.{_LEAVES[str(leaf)]}", leaf == "kernel"
 
     def init_cache(self, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> KVCache:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gptq_jax.models.attention import Scores
+from gptq_jax.models.experts import Experts
 from gptq_jax.models.mlp import ACTIVATIONS, MLPS
 from gptq_jax.models.names import Names
 from gptq_jax.models.norms import NORMS
@@ -50,6 +51,7 @@ class DecoderFields:
         tie_embeddings: the head is the embedding, transposed.
         head_bias: the head has a bias.
         logit_softcap: logits are squeezed into (-logit_softcap, logit_softcap), or not where it is None.
+        experts: that stand in place of the MLP; None where there are none.
         layer_kinds: the kind of each block, by name; empty where all are alike.
         kinds: of each kind its name, and the fields in which its blocks differ, as pairs of name and value.
         names: where a checkpoint has each part.
@@ -85,6 +87,7 @@ class DecoderFields:
     tie_embeddings: bool = False
     head_bias: bool = False
     logit_softcap: float | None = None
+    experts: Experts | None = None
     layer_kinds: tuple[str, ...] = ()
     kinds: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
     names: Names = field(default_factory=Names)

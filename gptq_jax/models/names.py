@@ -25,6 +25,8 @@ class Names:
         output: the projection of what was attended to.
         gate: and `up`: the first layers of the MLP; `gate_up` where they are one.
         down: the last layer of the MLP.
+        router: chooses experts.
+        expert_gate: and `expert_up`, `expert_down`: the layers of experts, without the number of an expert.
     """
 
     blocks: str = "model.layers"
@@ -50,3 +52,7 @@ class Names:
     up: str = "mlp.up_proj"
     gate_up: str = "mlp.gate_up_proj"
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_gate: str = "mlp.experts.gate_proj"
+    expert_up: str = "mlp.experts.up_proj"
+    expert_down: str = "mlp.experts.down_proj"

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_jax.models.base import Architecture
-from gptq_jax.models.families import bloom, gemma, gpt2, gpt_neox, gptj, llama, opt, phi, qwen
+from gptq_jax.models.families import bloom, gemma, gpt2, gpt_neox, gptj, llama, opt, phi, qwen, sparse
 from gptq_jax.models.families.base import Family, read_config
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -21,10 +21,12 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "gptj": gptj.GPTJ,
         "llama": llama.LLAMA,
         "mistral": llama.MISTRAL,
+        "mixtral": sparse.MIXTRAL,
         "opt": opt.OPT,
         "phi3": phi.PHI3,
         "qwen2": qwen.QWEN2,
         "qwen3": qwen.QWEN3,
+        "qwen3_moe": sparse.QWEN3_MOE,
     }
 )
 

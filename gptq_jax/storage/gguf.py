@@ -27,8 +27,10 @@ class GgufFile:
         CheckpointError: the file is damaged, its architecture is not supported, or a tensor has another type.
     """
 
+    format = "GGUF"
+
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = self.config_file = Path(path)
         if self.path.stat().st_size == 0:
             raise CheckpointError(self.path, "is empty.")
         self._data = np.memmap(self.path, mode="r")

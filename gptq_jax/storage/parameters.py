@@ -1,7 +1,7 @@
 """Which stored tensor each parameter of a model is, whether all fit, and the float ones as arrays."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gptq_jax.models.base import Architecture
+from gptq_jax.models.experts import EXPERT
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.sharding import Placement
 
@@ -31,7 +32,7 @@ class Leaf:
 
     Attributes:
         path: in the tree, like "layers.3.mlp.down_proj.kernel".
-        tensor: Hugging Face's name of it.
+        tensor: Hugging Face's name of it; with `EXPERT` in it, that of a tensor for each expert.
         transposed: the tensor is stored as [d_out, d_in].
         shape: of the parameter.
     """
@@ -40,6 +41,19 @@ class Leaf:
     tensor: str
     transposed: bool
     shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is made of a tensor for each expert."""
+        return EXPERT in self.tensor
+
+    @property
+    def parts(self) -> "tuple[Leaf, ...]":
+        """What is stored as one tensor each: the leaf itself, or that of every expert."""
+        if not self.stacked:
+            return (self,)
+        names = (self.tensor.replace(EXPERT, str(expert)) for expert in range(self.shape[0]))
+        return tuple(replace(self, tensor=name, shape=self.shape[1:]) for name in names)
 
     @property
     def is_kernel(self) -> bool:
@@ -56,7 +70,7 @@ def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Le
     """The parameters in the order of the tree, and the structure that they fill.
 
     Raises:
-        CheckpointError: the config names more layers than the checkpoint has tensors.
+        CheckpointError: the config names more layers, or more experts, than the checkpoint has tensors.
     """
     stored = len(source.names())
     if architecture.num_layers > stored:  # before so many shapes are made
@@ -64,6 +78,8 @@ def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Le
             source.path, f"{MISFIT}num_hidden_layers is {architecture.num_layers}, but there are {stored} tensors."
         )
     leaves, structure = _leaves(architecture)
+    if (experts := max((leaf.shape[0] for leaf in leaves if leaf.stacked), default=0)) > stored:
+        raise CheckpointError(source.path, f"{MISFIT}it has {experts} experts, but there are {stored} tensors.")
     names = _stored_names(leaves, set(source.names()))
     return [replace(leaf, tensor=name) for leaf, name in zip(leaves, names, strict=True)], structure
 
@@ -80,10 +96,15 @@ def _stored_names(leaves: Sequence[Leaf], stored: set[str]) -> list[str]:
     return ours
 
 
+def stored_parts(leaves: Iterable[Leaf]) -> Iterator[Leaf]:
+    """Leaves as they are stored, those of experts apart."""
+    return (part for leaf in leaves for part in leaf.parts)
+
+
 def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
     """What keeps float tensors from being these parameters, each a phrase."""
     stored, problems = set(source.names()), []
-    for leaf in leaves:
+    for leaf in stored_parts(leaves):
         if leaf.tensor not in stored:
             problems.append(f"{leaf.tensor} is missing")
         elif source.shape(leaf.tensor) != leaf.stored_shape:
@@ -108,6 +129,11 @@ def left_over_problems(source: TensorSource, used: set[str]) -> list[str]:
 
 def read_float(source: TensorSource, leaf: Leaf, dtype: str) -> Float[np.ndarray, "..."]:
     """One float parameter; CheckpointError if it is not finite."""
+    if leaf.stacked:
+        stack = np.empty(leaf.shape, jnp.dtype(dtype))
+        for place, part in zip(stack, leaf.parts, strict=True):
+            place[...] = read_float(source, part, dtype)
+        return stack
     values = source.tensor(leaf.tensor)
     if not np.isfinite(values).all():
         raise CheckpointError(source.path, f"tensor {leaf.tensor!r} holds NaN or infinity.")

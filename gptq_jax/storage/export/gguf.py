@@ -56,6 +56,8 @@ def write_gguf(model: Model, path: str | PathLike[str], options: Options) -> tup
     check_file(path, overwrite=options.overwrite)
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"{type(model.config).__name__} has no counterpart in GGUF.")
+    if model.config.experts is not None:
+        raise ValueError("models with experts cannot be written as GGUF: use --format gptq or compressed-tensors.")
     found = modules(model)
     remarks = _remarks(found, types := _block_types(found))
     metadata, divisors = llama_metadata(model.config)
