@@ -50,7 +50,7 @@ def test_a_stored_copy_of_a_tied_head(tmp_path):
     table = tensors["transformer.wte.weight"]
     found = written(tmp_path / "copy", "gpt2", same, extra={"lm_head.weight": table})
     assert_equal(found, written(tmp_path / "whole", "gpt2", same))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from transformer.wte.weight though the config ties them"):
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from transformer.wte.weight though"):
         written(tmp_path / "other", "gpt2", same, extra={"lm_head.weight": table + 1})
 
 
