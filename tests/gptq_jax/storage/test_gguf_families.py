@@ -128,5 +128,5 @@ def test_a_window_is_asked_for_where_a_family_has_one(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(cases.CONFIGS) - {cases.DOCUMENTED}))
 def test_what_is_written_to_files_is_llama_only(name):
-    with pytest.raises(ValueError, match="has no counterpart in (GGUF|a GGUF file)"):
+    with pytest.raises(ValueError, match=r"has no counterpart in (GGUF|a GGUF file)"):
         llama_metadata(architecture_from_config(cases.oracle(name)["config"]))
