@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gptq_jax
-from gptq_jax import QuantSpec, gptq, rtn
+from gptq_jax import QuantSpec, gptq
 from gptq_jax.generate import generate_tokens
 from gptq_jax.models import base
 from gptq_jax.models.base import linear_paths, run_block
@@ -22,6 +22,15 @@ from gptq_jax.storage.store import packed_layers
 
 EVERY = sorted(set(cases.CONFIGS) - {cases.DOCUMENTED})
 ONE_OF_EACH_FAMILY = [name for name in EVERY if "_" not in name.removeprefix("gpt_")] + ["opt_350m"]
+
+
+def some(names, fast):
+    """Cases, those that share their mechanism with a fast one marked slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+POSITIONS = some(EVERY, {"bloom", "gemma3", "gpt2", "gpt_neo", "gptj", "opt_350m", "phi3_long"})
+QUANTIZED = some(ONE_OF_EACH_FAMILY, {"gemma3", "gpt2", "opt_350m"})
 SPEC = QuantSpec(bits=4, group_size=16)
 
 
@@ -33,13 +42,10 @@ def model(name):
 
 
 @lru_cache
-def quantized(name, method):
+def quantized(name):
     rng = np.random.default_rng(0)
     batches = [rng.integers(3, 48, (4, 24), dtype=np.int32) for _ in range(2)]
-    return gptq_jax.quantize(model(name), batches, SPEC, method)
-
-
-GPTQ, RTN = gptq(), rtn()
+    return gptq_jax.quantize(model(name), batches, SPEC, gptq(grid="minmax"))
 
 
 def relative(found, expected):
@@ -76,7 +82,7 @@ def test_logits_are_those_of_transformers(name):
     assert relative(logits, cases.oracle(name)["logits"]) < 2e-5
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", POSITIONS)
 def test_padding_changes_nothing_for_real_tokens(name):
     found = by_blocks(model(name), cases.tokens(name), jnp.asarray(cases.positions()), mask=jnp.asarray(cases.mask()))
     real = cases.mask()
@@ -84,7 +90,7 @@ def test_padding_changes_nothing_for_real_tokens(name):
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", POSITIONS)
 def test_a_text_in_pieces_has_the_logits_of_the_whole(name):
     tokens = cases.tokens(name)
     whole = np.asarray(model(name)(tokens))
@@ -99,22 +105,19 @@ def test_blocks_of_one_kind_are_compiled_once():
     assert base._run_block._cache_size() == before + 2
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_gptq_comes_closer_to_the_outputs_than_rounding(name):
-    (solved, report), (rounded, _) = quantized(name, GPTQ), quantized(name, RTN)
-    assert len(report.layers) == sum(
-        len(linear_paths(solved.config, solved.config.layer_kind(index))) for index in range(solved.config.num_layers)
-    )
+    solved, report = quantized(name)
+    blocks = range(solved.config.num_layers)
+    paths = [f"layers.{i}.{path}" for i in blocks for path in linear_paths(solved.config, solved.config.layer_kind(i))]
+    assert [layer.path for layer in report.layers] == paths
     assert sum(layer.loss for layer in report.layers) < 0.9 * sum(layer.rtn_loss for layer in report.layers)
     assert all(layer.loss <= 1.02 * layer.rtn_loss for layer in report.layers)
-    tokens = np.random.default_rng(9).integers(3, 48, (8, 24), dtype=np.int32)
-    exact = np.asarray(model(name)(tokens))
-    assert relative(np.asarray(solved(tokens)), exact) < relative(np.asarray(rounded(tokens)), exact)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_a_quantized_model_is_stored_prepared_and_generates(name, tmp_path):
-    solved, _ = quantized(name, GPTQ)
+    solved, _ = quantized(name)
     gptq_jax.save(solved, tmp_path / "store")
     found = gptq_jax.load(tmp_path / "store")
     assert found.config == solved.config
@@ -140,9 +143,9 @@ def test_the_documented_family_has_the_logits_of_transformers(tmp_path):
         read_config(cases.DOCUMENTED, found["STABLELM"], {**oracle["config"], "use_parallel_residual": True})
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "opt_350m"])
+@pytest.mark.parametrize("name", some(["gpt2", "opt_350m", "phi3", "gpt_neox"], {"gpt2", "opt_350m"}))
 def test_exported_checkpoints_come_back_as_they_were(name, tmp_path):
-    solved, _ = quantized(name, GPTQ)
+    solved, _ = quantized(name)
     gptq_jax.export(solved, tmp_path / "out", format="gptq", dtype="float32")
     found = gptq_jax.load(tmp_path / "out")
     layers = packed_layers(found.params)
