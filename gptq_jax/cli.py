@@ -67,6 +67,13 @@ class ExportDtype(StrEnum):
     float32 = "float32"
 
 
+class Parallel(StrEnum):
+    """How many devices are run."""
+
+    jit = "jit"
+    pmap = "pmap"
+
+
 class Format(StrEnum):
     """Of an export."""
 
@@ -204,7 +211,11 @@ def eval_(
     dataset: Annotated[str | None, typer.Option(help="wikitext2, c4 or ptb.")] = None,
     split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the context]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time on each device.")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="Share the windows among N of this machine's devices. [all]")
+    ] = None,
+    parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
@@ -212,11 +223,13 @@ def eval_(
     """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
+    from gptq_jax.parallel import choose_devices
     from gptq_jax.terminal import console, escape
 
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
+    chosen = choose_devices(devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
         loaded = _runnable(model, dtype)
@@ -225,10 +238,12 @@ def eval_(
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
+    result |= {"devices": len(chosen), "parallel": str(parallel)}
+    settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
     if other is None:
-        result["perplexity"] = perplexity(loaded, stream, length=length, batch_size=batch_size, progress=True)
+        result["perplexity"] = perplexity(loaded, stream, devices=chosen, progress=True, **settings)
     else:
-        compared = compare(loaded, other, stream, length=length, batch_size=batch_size, progress=True)
+        compared = compare(loaded, other, stream, devices=chosen, progress=True, **settings)
         result |= {
             "perplexity": compared.perplexity,
             "against": against,
