@@ -23,7 +23,7 @@ from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 
 Inputs = dict[str, Array]  # of linear layers by path, [batch, time, d_in]
 
-_KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
+KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
 
 
 class Clock:
@@ -115,7 +115,7 @@ def _observe(
 ) -> list[tuple[Any, Array, int]]:
     """The method's statistics, the Hessian and the number of tokens of each group's shared input.
 
-    Inputs are added to `known`, as far as `_KEPT_BYTES` go.
+    Inputs are added to `known`, as far as `KEPT_BYTES` go.
     """
     method = task.method
     update = _jit(method.update, donate=0)
@@ -144,7 +144,7 @@ def _observe(
                 if method.hessian is None:
                     hessians[path] = ready(_accumulate(hessians[path], rows))
             kept += captured[path].nbytes
-            if kept <= _KEPT_BYTES:
+            if kept <= KEPT_BYTES:
                 inputs.update(dict.fromkeys(group, captured[path]))
     found = []
     for path, group in zip(wanted, groups, strict=True):
