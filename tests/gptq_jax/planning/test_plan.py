@@ -83,7 +83,7 @@ def test_the_tables_name_units_and_limits():
         console.print(plan_table(found))
     shown = captured.get()
     assert "…" not in shown
-    for word in ("size", "devices", "tokens/s", "W4 g128 sym", "4.33"):
+    for word in ("size", "devices", "tokens/s", "W4 g128 sym", "4.31"):
         assert word in shown
     lines = "\n".join(plan_lines(found))
     assert "a card, one device, measured on 2026-01-02" in lines
