@@ -31,8 +31,18 @@ app.add_typer(bench_app)
 # What users' input can raise; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, ImportError)
 
-MODEL_HELP = "A directory with config.json and *.safetensors, a .gguf file, a Hub id, or a directory this tool wrote."
+MODEL_HELP = (
+    "A directory with config.json and *.safetensors or flax_model.msgpack, a .gguf file, a Hub id, or a directory this "
+    "tool wrote."
+)
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ArchConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="config.json",
+        help="Of MODEL's architecture, where MODEL is an Orbax checkpoint of parameters or a .msgpack file.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
@@ -146,6 +156,11 @@ def quantize(
     true_sequential: Annotated[
         bool, typer.Option(help="Layers see their quantized predecessors inside the block too.")
     ] = True,
+    min_expert_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
+    ] = None,
+    arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
     as_json: JsonOption = False,
@@ -177,14 +192,20 @@ def quantize(
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype))
+        loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     specs = layer_specs(loaded, rules)
     check_target(out, overwrite=overwrite, nbytes=planned_bytes(loaded, specs))
     length = _window(length, loaded.config.context_length)
     windows = sample_windows(token_stream(text, loaded.tokenizer), samples=samples, length=length, seed=seed)
     with layer_progress() as on_layer:
         quantized, report = quantize_model(
-            loaded, batches(windows, batch_size), rules, chosen, true_sequential=true_sequential, on_layer=on_layer
+            loaded,
+            batches(windows, batch_size),
+            rules,
+            chosen,
+            true_sequential=true_sequential,
+            min_expert_tokens=min_expert_tokens,
+            on_layer=on_layer,
         )
     settings = {
         **report.settings,
@@ -217,6 +238,7 @@ def eval_(
     ] = None,
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
+    arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
 ) -> None:
@@ -232,7 +254,7 @@ def eval_(
     chosen = choose_devices(devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype)
+        loaded = _runnable(model, dtype, arch_config)
         other = _runnable(against, dtype) if against else None
     length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
@@ -264,6 +286,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of total probability P.")] = None,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Generate text, shown as it comes."""
@@ -272,7 +295,7 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype)
+        loaded = _runnable(model, dtype, arch_config)
     for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -280,11 +303,11 @@ def generate(
 
 
 @command
-def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+def inspect(model: ModelArgument, arch_config: ArchConfigOption = None, as_json: JsonOption = False) -> None:
     """Layers, grids, bytes, losses, and which matmul implementation would run each here."""
     from gptq_jax.inspection import inspect_model, inspection_table
 
-    result = inspect_model(model)
+    result = inspect_model(model, arch_config)
     if as_json:
         print(json.dumps(result, indent=1))
     else:
@@ -381,6 +404,7 @@ def export(
         list[Path] | None,
         typer.Option(help="What `eval --json` printed, for the model card; can be repeated."),
     ] = None,
+    arch_config: ArchConfigOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this tool wrote there.")] = False,
 ) -> None:
     """Write MODEL in the format of other tools."""
@@ -394,7 +418,7 @@ def export(
     nbytes = parse_size(max_shard_size)
     FORMATS[format].check(out, overwrite=overwrite)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model)
+        loaded = load(model, arch_config=arch_config)
     with console.status(f"writing {escape(str(out))}"):
         remarks = export_model(
             loaded,
@@ -455,13 +479,13 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
     return method
 
 
-def _runnable(model: str, dtype: Dtype) -> Any:
+def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:
     """The model, its packed weights as they run here."""
     from gptq_jax.models.prepared import prepare
     from gptq_jax.pipeline import is_quantized
     from gptq_jax.storage.load import load
 
-    loaded = load(model, dtype=str(dtype))
+    loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     return prepare(loaded) if is_quantized(loaded) else loaded
 
 

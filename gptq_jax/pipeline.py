@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int32
 
 from gptq_jax.block import BlockTask, Clock, quantize_block
 from gptq_jax.calibration import Batch
+from gptq_jax.hooks.nnx import float_layers
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.models.base import Architecture, Model, check_tokens, embed, linear_paths
@@ -29,6 +30,7 @@ def quantize(
     method: Method | None = None,
     *,
     true_sequential: bool = True,
+    min_expert_tokens: int | None = None,
     on_layer: OnLayer | None = None,
 ) -> tuple[Model, Report]:
     """Quantize the linear layers of every block; embedding, norms and head stay float.
@@ -42,6 +44,8 @@ def quantize(
         method: `gptq()` if None.
         true_sequential: predecessors inside the block count too (q, k, v; then o; then gate and up; then
             down), not only earlier blocks.
+        min_expert_tokens: experts that saw fewer tokens are solved with the statistics of all tokens of their
+            layer; None: twice as many as the layer has inputs, see `statistics.ROWS_PER_INPUT`.
         on_layer: called after each layer.
 
     Returns:
@@ -56,6 +60,8 @@ def quantize(
     rules = spec if isinstance(spec, SpecRules) else SpecRules(default=spec or QuantSpec())
     rules = replace(rules, default=replace(rules.default, scale_dtype=rules.default.scale_dtype or "float16"))
     tokens, masks = _split_batches(batches, model.config)
+    if min_expert_tokens is not None and min_expert_tokens < 0:
+        raise ValueError(f"min_expert_tokens={min_expert_tokens} must not be negative; 0 for each expert by itself.")
     if not tokens:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
     specs = layer_specs(model, rules)
@@ -82,6 +88,7 @@ def quantize(
             specs={path: specs[prefix + path] for path in linear_paths(model.config, kind)},
             method=method,
             masks=masks,
+            min_expert_tokens=min_expert_tokens,
             clock=clock,
         )
         packed, stream = quantize_block(task, params, stream, true_sequential=true_sequential, done=done)
@@ -90,7 +97,12 @@ def quantize(
         layers=tuple(layers),
         kept_float=_kept_float(model, specs),
         seconds=dict(clock.seconds),
-        settings={"method": method.name, **dict(method.settings), "true_sequential": true_sequential},
+        settings={
+            "method": method.name,
+            **dict(method.settings),
+            "true_sequential": true_sequential,
+            **({} if min_expert_tokens is None else {"min_expert_tokens": min_expert_tokens}),
+        },
         peak_bytes=peak_memory(),
     )
     return replace(model, params={**model.params, "layers": blocks}, report=report.to_json()), report
@@ -159,6 +171,11 @@ def _split_batches(
 def _kept_float(model: Model, specs: dict[str, QuantSpec | None]) -> dict[str, str]:
     """Matrices left float, and why."""
     kept = {path: "skipped by a rule" for path, spec in specs.items() if spec is None}
+    kept |= {
+        f"layers.{index}.{path}": reason
+        for index in range(model.config.num_layers)
+        for path, reason in float_layers(model.config.abstract_block(model.config.layer_kind(index))).items()
+    }
     kept["embed"] = "a lookup table, not a product"
     kept["head"] = "reads the embedding" if model.config.tie_embeddings else "the output head stays float"
     return kept

@@ -9,8 +9,8 @@ from gptq_jax.models.base import Architecture
 from gptq_jax.models.published import PUBLISHED
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.storage.base import CheckpointError
+from gptq_jax.storage.hf_directory import read_json
 from gptq_jax.storage.load import HUB_ID, open_source, read_architecture
-from gptq_jax.storage.safetensors import read_json
 
 
 def find_architecture(model: str) -> Architecture:

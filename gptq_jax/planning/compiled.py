@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptq_jax.models.base import Architecture, embed, run_block
+from gptq_jax.models.base import Architecture, capture_block, embed, linear_paths, run_block
 from gptq_jax.planning.sizes import float_shapes
 
 
@@ -42,14 +42,22 @@ def stream_shape(architecture: Architecture, batch: int, length: int, dtype: str
     return jax.eval_shape(partial(embed, architecture), {"embed": params}, tokens)
 
 
+@lru_cache(maxsize=64)
+def input_shapes(architecture: Architecture, kind: Hashable, batch: int, length: int, dtype: str) -> dict[str, Any]:
+    """What the linear layers of a block are fed on [batch, length] tokens, by path: arrays, or those of experts."""
+    block = _block_shapes(architecture, kind, dtype)
+    capture = partial(capture_block, architecture, kind, wanted=linear_paths(architecture, kind))
+    return jax.eval_shape(capture, block, stream_shape(architecture, batch, length, dtype))
+
+
 def cache_shapes(architecture: Architecture, batch: int, capacity: int, dtype: str = "float32") -> Any:
     """The key-value cache of one block."""
     return jax.eval_shape(lambda: architecture.init_cache(batch, capacity, dtype))
 
 
-def _block_shapes(architecture: Architecture, kind: Hashable) -> Any:
+def _block_shapes(architecture: Architecture, kind: Hashable, dtype: str = "float32") -> Any:
     index = next(index for index in range(architecture.num_layers) if architecture.layer_kind(index) == kind)
-    return float_shapes(architecture, "float32")["layers"][index]
+    return float_shapes(architecture, dtype)["layers"][index]
 
 
 def _temporaries(compiled: Any) -> int:

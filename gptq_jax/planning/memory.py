@@ -1,5 +1,6 @@
 """Memory that a model takes to run, and to quantize: the stages of `block.quantize_block`, one after another."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from gptq_jax.block import KEPT_BYTES
 from gptq_jax.generate import PREFILL_CHUNK, cache_capacity
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.models.base import Architecture, input_groups
-from gptq_jax.planning.compiled import cache_shapes, cached_bytes, forward_bytes, stream_shape
+from gptq_jax.planning.compiled import cache_shapes, cached_bytes, forward_bytes, input_shapes, stream_shape
 from gptq_jax.storage.store import tree_bytes
 from gptq_jax.tensor import QuantizedTensor
 
@@ -155,6 +156,7 @@ def _stages(
     of_batch = batch[0] * batch[1]
     forward = forward_bytes(architecture, kind, *batch) + 2 * of_batch * width
     parameters = tree_bytes(block) + tree_bytes(small) - _shared({"layers": [block]}, {"layers": [small]})
+    fed = input_shapes(architecture, kind, *batch, dtype)
     groups = [
         [path for path in group if isinstance(kernel_of(small, path), QuantizedTensor)]
         for group in input_groups(architecture, kind)
@@ -163,11 +165,11 @@ def _stages(
     inputs = working = before = 0
     for group in filter(None, groups):
         shapes = [kernel_of(block, path).shape for path in group]
-        experts, (d_in, _) = int(np.prod(shapes[0][:-2])), shapes[0][-2:]
+        experts, d_in = math.prod(shapes[0][:-2]), shapes[0][-2]
         d_out = sum(shape[-1] for shape in shapes)
-        hessian = 4 * experts * d_in * d_in
-        captured = of_batch * d_in * itemsize
-        inputs = min(KEPT_BYTES, inputs + tokens * d_in * itemsize)
+        hessian = 4 * d_in * d_in * (experts + (len(shapes[0]) > 2))  # experts share one besides
+        captured = tree_bytes(fed[group[0]])
+        inputs = min(KEPT_BYTES, inputs + captured * tokens // of_batch)
         held = working + before + hessian
         name = ", ".join(group)
         yield _Stage(

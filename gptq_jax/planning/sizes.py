@@ -64,4 +64,4 @@ def largest_block(params: Params) -> int:
 
 def has_experts(params: Params) -> bool:
     """Whether a kernel is a stack, of which a token meets some."""
-    return any(len(tensor.shape) > 2 for tensor in packed_layers(params).values())
+    return any(len(leaf.shape) > 2 for leaf in jax.tree.leaves(params["layers"]))

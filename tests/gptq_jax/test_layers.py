@@ -12,7 +12,13 @@ LEVELS = {
     2: ("gptq_jax.grids", "gptq_jax.hessian", "gptq_jax.matmul"),
     3: ("gptq_jax.hooks",),
     4: ("gptq_jax.methods", "gptq_jax.models"),
-    5: ("gptq_jax.report", "gptq_jax.storage", "gptq_jax.calibration", "gptq_jax.parallel"),
+    5: (
+        "gptq_jax.report",
+        "gptq_jax.storage",
+        "gptq_jax.calibration",
+        "gptq_jax.statistics",
+        "gptq_jax.parallel",
+    ),
     6: (
         "gptq_jax.block",
         "gptq_jax.pipeline",
