@@ -28,12 +28,12 @@ def temporaries(function, *arguments):
 @pytest.mark.parametrize(("d_in", "d_out"), [(1024, 512), (1024, 4096)])
 def test_solving_takes_what_xla_says(d_in, d_out):
     weight, hessian = (jax.ShapeDtypeStruct((d_in, width), jnp.float32) for width in (d_out, d_in))
-    found = temporaries(solve_layer, weight, hessian, QuantSpec(), GPTQOptions())
-    assert solve_bytes(d_in, d_out) == pytest.approx(found, rel=0.1)
     tensor = jax.eval_shape(lambda weight: round_to_nearest(weight, QuantSpec()), weight)
-    assert measure_bytes(d_in, d_out) == pytest.approx(
-        temporaries(_losses, weight, tensor, hessian, QuantSpec()), rel=0.1
-    )
+    # Newer compilers need less; no more than a tenth above the plan, nor a quarter below it.
+    solving = temporaries(solve_layer, weight, hessian, QuantSpec(), GPTQOptions())
+    assert 0.75 < solving / solve_bytes(d_in, d_out) < 1.1
+    measuring = temporaries(_losses, weight, tensor, hessian, QuantSpec())
+    assert 0.75 < measuring / measure_bytes(d_in, d_out) < 1.1
 
 
 @pytest.mark.parametrize("windows", [2, 40])

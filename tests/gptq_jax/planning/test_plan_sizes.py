@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import decoder_cases
+import expert_models
 import jax
 import pytest
 from decoder_models import build
@@ -59,6 +60,15 @@ def test_gptq_makes_the_same_arrays_as_planned():
     model = float_model(layers=1)
     made, _ = quantize(model, BATCHES, GRIDS["ragged"], gptq())
     assert shapes(quantized_shapes(model.config, SpecRules(default=GRIDS["ragged"]), "float32")) == shapes(made.params)
+
+
+def test_stacked_experts_are_planned():
+    model = expert_models.float_model("mixtral")
+    made, _ = quantize(model, expert_models.batches(1), GRIDS["ragged"], rtn())
+    planned = quantized_shapes(model.config, SpecRules(default=GRIDS["ragged"]), "float32")
+    assert shapes(planned) == shapes(made.params)
+    assert has_experts(planned)
+    assert has_experts(float_shapes(model.config, "float32"))
 
 
 def test_rules_are_followed():
