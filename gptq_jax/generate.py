@@ -185,7 +185,7 @@ def _generate(
         positions = _positions(start, PREFILL_CHUNK)
         x = embed(config, model.params, jnp.asarray(padded[None, start : start + PREFILL_CHUNK]), positions)
         if caches is None:
-            capacity = _capacity(len(prompt) + max_new_tokens)
+            capacity = cache_capacity(len(prompt) + max_new_tokens)
             caches = [config.init_cache(1, capacity, x.dtype) for _ in model.params["layers"]]
         x = _run_cached(model, x, positions, caches)
     assert caches is not None
@@ -220,7 +220,7 @@ def _run_cached(
     return x
 
 
-def _capacity(tokens: int) -> int:
+def cache_capacity(tokens: int) -> int:
     """The least power of two that holds `tokens`: a multiple of the prefill chunk, so its padding fits."""
     return max(_LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
 

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real model: named by GPTQ_JAX_SMOLLM2, or where `gptq-jax demo` keeps it."""
-    from gptq_jax.demo import cache_directory
+    from gptq_jax.cache import cache_directory
 
     path = Path(named) if (named := os.environ.get("GPTQ_JAX_SMOLLM2")) else cache_directory() / SMOLLM2
     if not path.is_file():

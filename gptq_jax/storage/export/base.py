@@ -286,7 +286,7 @@ def parse_size(size: int | str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
     nbytes = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if nbytes < 1:
-        raise ValueError(f"{size!r} is no size of a file: give one like 5GB or 500MB.")
+        raise ValueError(f"{size!r} is no size: give one like 5GB or 500MB.")
     return nbytes
 
 
