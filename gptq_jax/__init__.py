@@ -24,6 +24,7 @@ from gptq_jax.calibration import calibration_batches
 from gptq_jax.evaluate import compare, perplexity
 from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize
+from gptq_jax.planning.plan import plan
 from gptq_jax.report import Report
 
 __version__ = _version("gptq-jax")
@@ -49,6 +50,7 @@ __all__ = [
     "gptq_solve",
     "load",
     "perplexity",
+    "plan",
     "prepare",
     "quantize",
     "register_layer",

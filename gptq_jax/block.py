@@ -6,24 +6,49 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from gptq_jax.hessian import accumulate, output_energy
-from gptq_jax.hooks.nnx import Params
+from gptq_jax.hessian import output_energy
+from gptq_jax.hooks.experts import Routed
+from gptq_jax.hooks.nnx import Input, Params
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.base import Block
-from gptq_jax.report import LayerReport
+from gptq_jax.report import ExpertsReport, LayerReport
 from gptq_jax.spec import QuantSpec
+from gptq_jax.statistics import (
+    ROWS_PER_INPUT,
+    ExpertStats,
+    init_experts,
+    over_experts,
+    solve_experts,
+    update_experts,
+    with_hessian,
+)
 from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 
-Inputs = dict[str, Array]  # of linear layers by path, [batch, time, d_in]
+Inputs = dict[str, Input]  # of linear layers by path
 
-_KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
+KEPT_BYTES = 2 * 2**30  # of inputs kept while a block is solved; beyond it they are computed again
+
+
+class Observed(NamedTuple):
+    """What calibration says of the input that some layers share.
+
+    Attributes:
+        stats: the method's, with the Hessian; `ExpertStats` for stacked experts.
+        hessian: of the input, or of the rows of each expert.
+        tokens: of the calibration.
+    """
+
+    stats: Any
+    hessian: Float[Array, "*experts d_in d_in"]
+    tokens: int
 
 
 class Clock:
@@ -49,6 +74,7 @@ class BlockTask:
         specs: the grid of each linear layer by path inside the block; None stays float.
         method: the quantization method.
         masks: of the calibration batches: True for real tokens; None if all are.
+        min_expert_tokens: as for `quantize`.
         clock: where seconds are counted.
     """
 
@@ -56,7 +82,12 @@ class BlockTask:
     specs: dict[str, QuantSpec | None]
     method: Method
     masks: Sequence[Bool[Array, "batch time"] | None]
+    min_expert_tokens: int | None = None
     clock: Clock = field(default_factory=Clock)
+
+    def needed(self, d_in: int) -> int:
+        """Tokens that an expert must have seen for its own statistics to be used."""
+        return max(ROWS_PER_INPUT * d_in if self.min_expert_tokens is None else self.min_expert_tokens, 1)
 
     def run(self, params: Params, stream: list[Any], known: list[Inputs]) -> list[Any]:
         """The state after the block, batch by batch."""
@@ -99,8 +130,8 @@ def quantize_block(
     known: list[Inputs] = [{} for _ in stream]
     for stage in [[group] for group in groups] if true_sequential else [groups]:
         observed = _observe(task, working, stream, known if true_sequential else [{} for _ in stream], stage)
-        for group, (stats, hessian, tokens) in zip(stage, observed, strict=True):
-            for path, tensor, report in _solve(task, params, group, stats, hessian, tokens):
+        for group, said in zip(stage, observed, strict=True):
+            for path, tensor, report in _solve(task, params, group, said):
                 packed = _replace(packed, path, tensor)
                 working = _replace(working, path, tensor.dequantize(_kernel(params, path).dtype))
                 done(report)
@@ -109,51 +140,64 @@ def quantize_block(
 
 def _observe(
     task: BlockTask, params: Params, stream: list[Any], known: list[Inputs], groups: list[tuple[str, ...]]
-) -> list[tuple[Any, Array, int]]:
-    """The method's statistics, the Hessian and the number of tokens of each group's shared input.
+) -> list[Observed]:
+    """What each group's shared input says.
 
-    Inputs are added to `known`, as far as `_KEPT_BYTES` go.
+    Inputs are added to `known`, as far as `KEPT_BYTES` go.
     """
-    method = task.method
-    update = _jit(method.update, donate=0)
+    method = with_hessian(task.method)
     wanted = tuple(group[0] for group in groups)
     stats: dict[str, Any] = {}
-    hessians: dict[str, Any] = {}
     tokens, expected = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
     for path, group in zip(wanted, groups, strict=True):
-        d_in = _kernel(params, path).shape[0]
-        stats[path] = method.init(d_in, sum(_kernel(params, member).shape[1] for member in group))
-        hessians[path] = jnp.zeros((d_in, d_in), jnp.float32) if method.hessian is None else None
+        *stack, d_in, _ = _kernel(params, path).shape
+        d_out = sum(_kernel(params, member).shape[-1] for member in group)
+        stats[path] = init_experts(method, stack[0], d_in, d_out) if stack else method.init(d_in, d_out)
     kept = _nbytes(known)
     for x, mask, inputs in zip(stream, task.masks, known, strict=True):
         with task.clock("forward") as ready:
             captured = ready(task.block.capture(params, x, wanted, mask, inputs))
         for path, group in zip(wanted, groups, strict=True):
-            rows = captured[path].reshape(-1, captured[path].shape[-1])
-            # Each input, padding included, comes by once; a layer that sees others says so here.
-            all_rows = task.block.rows(x, path)
-            real = all_rows if mask is None else int(mask.sum())
+            # Each input of the batch, padding included, comes by once; a layer that sees others says so here.
+            seen, places = _tokens(captured[path]), task.block.rows(x, path)
+            real = places if mask is None else int(mask.sum())
             expected[path] += real
-            tokens[path] += real if rows.shape[0] == all_rows else rows.shape[0]
-            if mask is not None:
-                rows = jnp.where(mask.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
+            tokens[path] += real if seen == places else seen
             with task.clock("hessian") as ready:
-                stats[path] = ready(update(stats[path], LayerBatch(rows)))
-                if method.hessian is None:
-                    hessians[path] = ready(_accumulate(hessians[path], rows))
-            kept += captured[path].nbytes
-            if kept <= _KEPT_BYTES:
+                stats[path] = ready(_update(method, stats[path], captured[path], mask))
+            kept += _nbytes([{path: captured[path]}])
+            if kept <= KEPT_BYTES:
                 inputs.update(dict.fromkeys(group, captured[path]))
     found = []
     for path, group in zip(wanted, groups, strict=True):
-        hessian = hessians[path] if method.hessian is None else method.hessian(stats[path])
-        _check(", ".join(task.block.prefix + member for member in group), hessian, tokens[path], expected[path])
-        found.append((stats[path], hessian, expected[path]))
+        own = stats[path].own if isinstance(stats[path], ExpertStats) else stats[path]
+        assert method.hessian is not None  # with_hessian saw to it
+        names = ", ".join(task.block.prefix + member for member in group)
+        _check(names, method.hessian(own), tokens[path], expected[path])
+        found.append(Observed(stats[path], method.hessian(own), expected[path]))
     return found
 
 
+def _tokens(captured: Input) -> int:
+    """Tokens that a layer saw, padding included."""
+    if isinstance(captured, Routed):
+        return captured.weights.shape[0]
+    return captured.size // captured.shape[-1]
+
+
+def _update(method: Method, stats: Any, captured: Input, mask: Bool[Array, "batch time"] | None) -> Any:
+    """The statistics with one more batch."""
+    if isinstance(captured, Routed):
+        real = jnp.ones(_tokens(captured), bool) if mask is None else mask.reshape(-1)
+        return update_experts(stats, captured, real, update=method.update)
+    rows = captured.reshape(-1, captured.shape[-1])
+    if mask is not None:
+        rows = jnp.where(mask.reshape(-1, 1), rows, jnp.zeros((), rows.dtype))
+    return _jit(method.update, donate=0)(stats, LayerBatch(rows))
+
+
 def _nbytes(known: list[Inputs]) -> int:
-    arrays = {id(array): array.nbytes for inputs in known for array in inputs.values()}
+    arrays = {id(array): array.nbytes for array in jax.tree.leaves(known)}
     return sum(arrays.values())
 
 
@@ -170,7 +214,7 @@ def _check(names: str, hessian: Array, tokens: int, expected: int) -> None:
 
 
 def _solve(
-    task: BlockTask, params: Params, group: tuple[str, ...], stats: Any, hessian: Array, tokens: int
+    task: BlockTask, params: Params, group: tuple[str, ...], observed: Observed
 ) -> Iterator[tuple[str, QuantizedTensor, LayerReport]]:
     """The packed kernels of layers with one input, solved as one wherever their grids are the same."""
     same_spec: dict[QuantSpec, list[str]] = defaultdict(list)
@@ -180,17 +224,17 @@ def _solve(
         same_spec[spec].append(path)
     for spec, paths in same_spec.items():
         kernels = [_kernel(params, path) for path in paths]
-        weight = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=1)
+        weight = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=-1)
         start = time.perf_counter()
         with task.clock("solve") as ready:
-            solution = ready(_jit(task.method.solve, static=2)(weight, stats, spec))
+            solution = ready(_solution(task, weight, observed.stats, spec))
         seconds = time.perf_counter() - start
         tensor, notes = solution if isinstance(solution, Solution) else (solution, {})
         _check_solution(tensor, weight.shape, spec, f"method {task.method.name!r}, for {', '.join(paths)}")
         with task.clock("measure") as ready:
-            losses, rounded, energy = ready(_losses(weight, tensor, hessian, spec))
-        fell_back = bool(notes.get("fell_back", False))
-        sizes = [kernel.shape[1] for kernel in kernels]
+            losses, rounded, energy = ready(_losses(weight, tensor, observed.hessian, spec))
+        failed = np.asarray(notes.get("fell_back", False))
+        sizes = [kernel.shape[-1] for kernel in kernels]
         at = 0
         for path, size, part in zip(paths, sizes, split_outputs(tensor, sizes), strict=True):
             here = slice(at, at + size)
@@ -201,20 +245,44 @@ def _solve(
                 part,
                 LayerReport(
                     path=task.block.prefix + path,
-                    method="rtn" if fell_back else task.method.name,
+                    method="rtn" if failed.all() else task.method.name,
                     spec=spec,
-                    d_in=weight.shape[0],
+                    d_in=weight.shape[-2],
                     d_out=size,
-                    loss=loss / tokens,
-                    rtn_loss=max(float(rounded[here].sum()), 0.0) / tokens,
+                    loss=loss / observed.tokens,
+                    rtn_loss=max(float(rounded[here].sum()), 0.0) / observed.tokens,
                     relative_error=(loss / max(float(energy[here].sum()), 1e-30)) ** 0.5,
-                    damping=float(f"{float(notes['damping']):.6g}") if "damping" in notes else None,
-                    fell_back=fell_back,
-                    tokens=tokens,
+                    damping=float(f"{float(notes['damping'].max()):.6g}") if "damping" in notes else None,
+                    fell_back=bool(failed.any()),
+                    tokens=observed.tokens,
                     seconds=seconds / len(paths),
                     nbytes=part.nbytes,
+                    experts=_experts_report(task, observed.stats, weight.shape[-2], failed),
                 ),
             )
+
+
+def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> QuantizedTensor | Solution:
+    solve = with_hessian(task.method).solve
+    if not isinstance(stats, ExpertStats):
+        return _jit(solve, static=2)(weight, stats, spec)
+    return solve_experts(weight, stats, stats.rows < task.needed(weight.shape[1]), solve=solve, spec=spec)
+
+
+def _experts_report(task: BlockTask, stats: Any, d_in: int, failed: np.ndarray) -> ExpertsReport | None:
+    if not isinstance(stats, ExpertStats):
+        return None
+    rows, needed = np.asarray(stats.rows), task.needed(d_in)
+    experts = [tuple(np.flatnonzero(these).tolist()) for these in (rows < needed, rows == 0, failed)]
+    return ExpertsReport(
+        count=rows.size,
+        needed=needed,
+        least=int(rows.min()),
+        most=int(rows.max()),
+        shared=experts[0],
+        unseen=experts[1],
+        rounded=experts[2],
+    )
 
 
 def _check_solution(tensor: Any, shape: tuple[int, ...], spec: QuantSpec, whose: str) -> None:
@@ -231,21 +299,24 @@ def _check_solution(tensor: Any, shape: tuple[int, ...], spec: QuantSpec, whose:
 
 @partial(jax.jit, static_argnames="spec")
 def _losses(
-    weight: Float[Array, "d_in d_out"],
+    weight: Float[Array, "*experts d_in d_out"],
     tensor: QuantizedTensor,
-    hessian: Float[Array, "d_in d_in"],
+    hessian: Float[Array, "*experts d_in d_in"],
     spec: QuantSpec,
 ) -> tuple[Float[Array, "d_out"], Float[Array, "d_out"], Float[Array, "d_out"]]:
-    """By output: the squared error of the tensor, of rounding to nearest, and the squared output itself."""
+    """By output: the squared error of the tensor, of rounding to nearest, and the squared output itself.
+
+    Those of experts are summed, each measured on the tokens routed to it.
+    """
+    if weight.ndim == 3:
+        measured = over_experts(partial(_losses, spec=spec), weight, tensor, hessian)
+        return jax.tree.map(partial(jnp.sum, axis=0), measured)
     rounded = round_to_nearest(weight, spec)
     return (
         output_energy(weight - tensor.dequantize(), hessian),
         output_energy(weight - rounded.dequantize(), hessian),
         output_energy(weight, hessian),
     )
-
-
-_accumulate = jax.jit(accumulate, donate_argnums=0)
 
 
 @lru_cache(maxsize=64)

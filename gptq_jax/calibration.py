@@ -207,9 +207,8 @@ def _read_corpus(source: str, corpus: Corpus, split: str) -> str:
 
 def _read_file(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist: give {', '.join(CORPORA)}, or a file of type {', '.join(READERS)}."
-        )
+        problem = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {problem}: give {', '.join(CORPORA)}, or a file of type {', '.join(READERS)}.")
     if path.suffix.lower() not in READERS:
         raise ValueError(f"{path} cannot be read: give a file of type {', '.join(READERS)}.")
     if path.stat().st_size == 0:

@@ -31,8 +31,18 @@ app.add_typer(bench_app)
 # What users' input can raise; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, ImportError)
 
-MODEL_HELP = "A directory with config.json and *.safetensors, a .gguf file, a Hub id, or a directory this tool wrote."
+MODEL_HELP = (
+    "A directory with config.json and *.safetensors or flax_model.msgpack, a .gguf file, a Hub id, or a directory this "
+    "tool wrote."
+)
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ArchConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="config.json",
+        help="Of MODEL's architecture, where MODEL is an Orbax checkpoint of parameters or a .msgpack file.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
@@ -65,6 +75,13 @@ class ExportDtype(StrEnum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+class Parallel(StrEnum):
+    """How many devices are run."""
+
+    jit = "jit"
+    pmap = "pmap"
 
 
 class Format(StrEnum):
@@ -139,6 +156,11 @@ def quantize(
     true_sequential: Annotated[
         bool, typer.Option(help="Layers see their quantized predecessors inside the block too.")
     ] = True,
+    min_expert_tokens: Annotated[
+        int | None,
+        typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
+    ] = None,
+    arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
     as_json: JsonOption = False,
@@ -170,14 +192,20 @@ def quantize(
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype))
+        loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     specs = layer_specs(loaded, rules)
     check_target(out, overwrite=overwrite, nbytes=planned_bytes(loaded, specs))
     length = _window(length, loaded.config.context_length)
     windows = sample_windows(token_stream(text, loaded.tokenizer), samples=samples, length=length, seed=seed)
     with layer_progress() as on_layer:
         quantized, report = quantize_model(
-            loaded, batches(windows, batch_size), rules, chosen, true_sequential=true_sequential, on_layer=on_layer
+            loaded,
+            batches(windows, batch_size),
+            rules,
+            chosen,
+            true_sequential=true_sequential,
+            min_expert_tokens=min_expert_tokens,
+            on_layer=on_layer,
         )
     settings = {
         **report.settings,
@@ -204,31 +232,40 @@ def eval_(
     dataset: Annotated[str | None, typer.Option(help="wikitext2, c4 or ptb.")] = None,
     split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the context]")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time on each device.")] = 1,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="Share the windows among N of this machine's devices. [all]")
+    ] = None,
+    parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
+    arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
+    from gptq_jax.parallel import choose_devices
     from gptq_jax.terminal import console, escape
 
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
+    chosen = choose_devices(devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype)
+        loaded = _runnable(model, dtype, arch_config)
         other = _runnable(against, dtype) if against else None
     length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
+    result |= {"devices": len(chosen), "parallel": str(parallel)}
+    settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
     if other is None:
-        result["perplexity"] = perplexity(loaded, stream, length=length, batch_size=batch_size, progress=True)
+        result["perplexity"] = perplexity(loaded, stream, devices=chosen, progress=True, **settings)
     else:
-        compared = compare(loaded, other, stream, length=length, batch_size=batch_size, progress=True)
+        compared = compare(loaded, other, stream, devices=chosen, progress=True, **settings)
         result |= {
             "perplexity": compared.perplexity,
             "against": against,
@@ -249,6 +286,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of total probability P.")] = None,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
     """Generate text, shown as it comes."""
@@ -257,7 +295,7 @@ def generate(
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype)
+        loaded = _runnable(model, dtype, arch_config)
     for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -265,11 +303,11 @@ def generate(
 
 
 @command
-def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+def inspect(model: ModelArgument, arch_config: ArchConfigOption = None, as_json: JsonOption = False) -> None:
     """Layers, grids, bytes, losses, and which matmul implementation would run each here."""
     from gptq_jax.inspection import inspect_model, inspection_table
 
-    result = inspect_model(model)
+    result = inspect_model(model, arch_config)
     if as_json:
         print(json.dumps(result, indent=1))
     else:
@@ -280,6 +318,70 @@ def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
                 print(part)
             else:
                 Console().print(part)
+
+
+@command
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help=f"{MODEL_HELP} Or a name like llama-2-70b.")],
+    bits: Annotated[str, typer.Option(help="2, 3, 4 or 8; several separated by commas.")] = "8,4,3,2",
+    group_size: Annotated[str, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = "128",
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With a zero point for each group.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a window, and of a text to generate. [2048, or the context]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Calibration windows at a time.")] = 8,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts generated at a time.")] = 1,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Of one device, like 24GB: how many of them are needed.")
+    ] = None,
+    dtype: DtypeOption = Dtype.float32,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="First measure this device, and keep what was found for all plans to come."),
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What quantizing and running MODEL would take: disk, memory, devices, time. Only its config is read."""
+    from gptq_jax.planning.architecture import find_architecture
+    from gptq_jax.planning.plan import plan as make_plan
+    from gptq_jax.planning.profile import measure_profile, profile_path, write_profile
+    from gptq_jax.planning.tables import plan_lines, plan_table
+    from gptq_jax.spec import QuantSpec
+    from gptq_jax.storage.export.base import parse_size
+    from gptq_jax.terminal import console, escape, note
+
+    grids = [
+        QuantSpec(bits=width, group_size=size, symmetric=not asymmetric)
+        for width in _integers("--bits", bits)
+        for size in _integers("--group-size", group_size)
+    ]
+    nbytes = None if device_memory is None else parse_size(device_memory)
+    find_architecture(model)  # before anything is measured
+    if measure:
+        with console.status("measuring this device"):
+            write_profile(measure_profile(), profile_path())
+        note(f"wrote {profile_path()}")
+    with console.status(f"planning {escape(model)}"):
+        found = make_plan(
+            model,
+            grids,
+            dtype=str(dtype),
+            samples=samples,
+            length=length,
+            batch_size=batch_size,
+            sequences=sequences,
+            device_memory=nbytes,
+        )
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+        return
+    from rich.console import Console
+
+    print(f"{model}: {found.parameters:,} parameters in {found.layers} blocks")
+    Console().print(plan_table(found))
+    for line in plan_lines(found):
+        print(line)
 
 
 @command
@@ -302,6 +404,7 @@ def export(
         list[Path] | None,
         typer.Option(help="What `eval --json` printed, for the model card; can be repeated."),
     ] = None,
+    arch_config: ArchConfigOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this tool wrote there.")] = False,
 ) -> None:
     """Write MODEL in the format of other tools."""
@@ -315,7 +418,7 @@ def export(
     nbytes = parse_size(max_shard_size)
     FORMATS[format].check(out, overwrite=overwrite)
     with console.status(f"loading {escape(model)}"):
-        loaded = load(model)
+        loaded = load(model, arch_config=arch_config)
     with console.status(f"writing {escape(str(out))}"):
         remarks = export_model(
             loaded,
@@ -376,14 +479,22 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
     return method
 
 
-def _runnable(model: str, dtype: Dtype) -> Any:
+def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:
     """The model, its packed weights as they run here."""
     from gptq_jax.models.prepared import prepare
     from gptq_jax.pipeline import is_quantized
     from gptq_jax.storage.load import load
 
-    loaded = load(model, dtype=str(dtype))
+    loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     return prepare(loaded) if is_quantized(loaded) else loaded
+
+
+def _integers(option: str, text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} is no list of integers: give one like 4 or 8,4,3.") from None
 
 
 def _window(length: int | None, context: int) -> int:

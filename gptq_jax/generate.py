@@ -182,11 +182,12 @@ def _generate(
     padded = np.zeros(-(-len(prompt) // PREFILL_CHUNK) * PREFILL_CHUNK, np.int32)
     padded[: len(prompt)] = prompt
     for start in range(0, len(padded), PREFILL_CHUNK):
-        x = embed(config, model.params, jnp.asarray(padded[None, start : start + PREFILL_CHUNK]))
+        positions = _positions(start, PREFILL_CHUNK)
+        x = embed(config, model.params, jnp.asarray(padded[None, start : start + PREFILL_CHUNK]), positions)
         if caches is None:
-            capacity = _capacity(len(prompt) + max_new_tokens)
+            capacity = cache_capacity(len(prompt) + max_new_tokens)
             caches = [config.init_cache(1, capacity, x.dtype) for _ in model.params["layers"]]
-        x = _run_cached(model, x, start, caches)
+        x = _run_cached(model, x, positions, caches)
     assert caches is not None
     position = len(prompt)
     token = draw(x, (position - 1) % PREFILL_CHUNK, position)
@@ -194,7 +195,8 @@ def _generate(
         # The next token is set going before this one is read, so that the device never waits for Python.
         following = token
         if remaining:
-            x = _run_cached(model, embed(config, model.params, token), position, caches)
+            positions = _positions(position, 1)
+            x = _run_cached(model, embed(config, model.params, token, positions), positions, caches)
             position += 1
             following = draw(x, 0, position)
         value = int(token[0, 0])
@@ -204,18 +206,21 @@ def _generate(
         token = following
 
 
+def _positions(start: int, time: int) -> Int32[Array, "1 time"]:
+    return jnp.asarray(np.arange(start, start + time, dtype=np.int32)[None])
+
+
 def _run_cached(
-    model: Model, x: Float[Array, "batch time d_model"], start: int, caches: list[Cache]
+    model: Model, x: Float[Array, "batch time d_model"], positions: Int32[Array, "1 time"], caches: list[Cache]
 ) -> Float[Array, "batch time d_model"]:
-    """All blocks on tokens that begin at position `start`; replaces the entries of `caches`."""
-    positions = jnp.asarray(np.arange(start, start + x.shape[1], dtype=np.int32)[None])
+    """All blocks on tokens at consecutive `positions`; replaces the entries of `caches`."""
     for index, block_params in enumerate(model.params["layers"]):
         kind = model.config.layer_kind(index)
         x, caches[index] = run_block(model.config, kind, block_params, x, positions, caches[index])
     return x
 
 
-def _capacity(tokens: int) -> int:
+def cache_capacity(tokens: int) -> int:
     """The least power of two that holds `tokens`: a multiple of the prefill chunk, so its padding fits."""
     return max(_LEAST_CAPACITY, 1 << (tokens - 1).bit_length())
 

@@ -1,5 +1,7 @@
 """What is in a model, without reading its weights."""
 
+import math
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gptq_jax.matmul import explain
-from gptq_jax.report import spec_label
+from gptq_jax.report import expert_lines, spec_label
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.load import open_source, read_architecture
 from gptq_jax.storage.packed.detect import packed_format
@@ -20,11 +22,12 @@ from gptq_jax.storage.store import is_store, read_shapes, tree_bytes
 from gptq_jax.tensor import QuantizedTensor
 
 
-def inspect_model(model: str) -> dict[str, Any]:
+def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) -> dict[str, Any]:
     """Layers with shape, grid, bytes, bits per weight, reported loss, and the implementations that run each.
 
     Args:
         model: anything `load` takes.
+        arch_config: as for `load`.
 
     Returns:
         Plain data; `layers` are the matrices of every block, and the output head where it is packed. `format`
@@ -35,11 +38,11 @@ def inspect_model(model: str) -> dict[str, Any]:
     """
     path = Path(model)
     packed, report = None, None
-    if is_store(path):
+    if is_store(path) and arch_config is None:
         _, params, report = read_shapes(path)
         kind = "gptq-jax store"
     else:
-        source = open_source(model)
+        source = open_source(model, arch_config)
         config = read_architecture(source)
         if (checkpoint := packed_format(source)) is not None:
             params, unusual = describe_packed(checkpoint, config)
@@ -48,7 +51,7 @@ def inspect_model(model: str) -> dict[str, Any]:
         else:
             leaves_of(source, config)  # the number of layers is believable
             params = config.abstract_params()
-            kind = type(source).__name__
+            kind = source.format
     measured = {layer["path"]: layer for layer in (report or {}).get("layers", [])}
     layers = []
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -62,7 +65,7 @@ def inspect_model(model: str) -> dict[str, Any]:
     if isinstance(head, QuantizedTensor):
         layers.append(_layer("head.lm_head", head, measured))
     quantized = [layer for layer in layers if layer["spec"] is not None]
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in quantized)
+    weights = sum(math.prod(layer["shape"]) for layer in quantized)
     return {
         "model": model,
         "kind": kind,
@@ -92,6 +95,7 @@ def _layer(name: str, leaf: Any, measured: dict[str, Any]) -> dict[str, Any]:
         "relative_error": found.get("relative_error"),
         "damping": found.get("damping"),
         "fell_back": found.get("fell_back", False),
+        "experts": found.get("experts"),
         "implementations": explain(leaf, tokens=1, x_dtype=jnp.float32) if packed else {"xla": "runs"},
     }
 
@@ -124,6 +128,7 @@ def inspection_table(result: dict[str, Any]) -> list[Table | str]:
     rounded = [layer["path"] for layer in result["layers"] if layer["fell_back"]]
     if rounded:
         lines.append(f"could not be solved and were rounded to nearest: {', '.join(rounded)}")
+    lines += expert_lines(result["layers"])
     if result["format"] is not None:
         lines.append(f"format: {result['format']['name']}, version {result['format']['version']}")
         lines += [f"unusual: {note}" for note in result["format"]["unusual"]]

@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int32, Shaped
 
 from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels import api
+from pallas_kernels import api, grouped
 from pallas_kernels.weight import PackedWeight, describe
 
 
@@ -20,7 +21,7 @@ def matmul(
 
     Args:
         x: activations with any leading dimensions.
-        weight: one weight, as it is or prepared; map over stacked ones with `jax.vmap`.
+        weight: one weight, as it is or prepared; for stacked ones see `grouped_matmul`.
         implementation: a name in `pallas_kernels.api.IMPLEMENTATIONS`; None for the first that runs here.
         bias: added after the product, in its dtype.
 
@@ -29,6 +30,36 @@ def matmul(
     """
     packed = weight if isinstance(weight, api.PreparedWeight) else packed_weight(weight)
     return api.quantized_matmul(x, packed, implementation, bias)
+
+
+def grouped_matmul(
+    x: Float[Array, "rows d_in"],
+    weight: Float[Array, "experts d_in d_out"] | QuantizedTensor | api.PreparedWeight,
+    group_sizes: Int32[Array, "experts"],
+    implementation: str | None = None,
+) -> Float[Array, "rows d_out"]:
+    """Each row of `x` times the weight of its expert, in the dtype of `x`.
+
+    Args:
+        x: sorted by expert.
+        weight: stacked, with a leading dimension of experts: float, packed or prepared.
+        group_sizes: rows of each expert, which come one after another.
+        implementation: of a packed weight, as for `matmul`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: see `pallas_kernels.api.grouped_matmul`.
+    """
+    if isinstance(weight, jax.Array):
+        # XLA's ragged product on a CPU multiplies every row with every expert.
+        return jax.lax.platform_dependent(x, weight, group_sizes, cpu=_by_blocks, default=jax.lax.ragged_dot)
+    packed = weight if isinstance(weight, api.PreparedWeight) else packed_weight(weight)
+    return api.grouped_matmul(x, packed, group_sizes, implementation)
+
+
+def _by_blocks(
+    x: Float[Array, "rows d_in"], weight: Float[Array, "experts d_in d_out"], group_sizes: Int32[Array, "experts"]
+) -> Float[Array, "rows d_out"]:
+    return grouped.in_a_loop(x, weight, group_sizes, jnp.matmul, weight.shape[-1])
 
 
 def prepare(

@@ -30,6 +30,7 @@ def quantize(
     method: Method | None = None,
     *,
     true_sequential: bool = True,
+    min_expert_tokens: int | None = None,
     on_layer: OnLayer | None = None,
 ) -> tuple[Quantizable, Report]:
     """Quantize the linear layers of every block; embedding, norms and head stay float.
@@ -45,6 +46,8 @@ def quantize(
         method: `gptq()` if None.
         true_sequential: predecessors inside the block count too (q, k, v; then o; then gate and up; then
             down), not only earlier blocks.
+        min_expert_tokens: experts that saw fewer tokens are solved with the statistics of all tokens of their
+            layer; None: twice as many as the layer has inputs, see `statistics.ROWS_PER_INPUT`.
         on_layer: called after each layer.
 
     Returns:
@@ -58,6 +61,8 @@ def quantize(
     method = gptq() if method is None else method
     rules = spec if isinstance(spec, SpecRules) else SpecRules(default=spec or QuantSpec())
     rules = replace(rules, default=replace(rules.default, scale_dtype=rules.default.scale_dtype or "float16"))
+    if min_expert_tokens is not None and min_expert_tokens < 0:
+        raise ValueError(f"min_expert_tokens={min_expert_tokens} must not be negative; 0 for each expert by itself.")
     if not batches:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
     if is_quantized(model):
@@ -85,6 +90,7 @@ def quantize(
             specs={path: specs[block.prefix + path] for group in block.groups for path in group},
             method=method,
             masks=calibration.masks,
+            min_expert_tokens=min_expert_tokens,
             clock=clock,
         )
         packed, stream = quantize_block(task, block.params, stream, true_sequential=true_sequential, done=done)
@@ -94,7 +100,12 @@ def quantize(
         layers=tuple(layers),
         kept_float={**skipped, **calibration.kept_float},
         seconds=dict(clock.seconds),
-        settings={"method": method.name, **dict(method.settings), "true_sequential": true_sequential},
+        settings={
+            "method": method.name,
+            **dict(method.settings),
+            "true_sequential": true_sequential,
+            **({} if min_expert_tokens is None else {"min_expert_tokens": min_expert_tokens}),
+        },
         peak_bytes=peak_memory(),
     )
     return calibration.assemble(blocks, report.to_json()), report

@@ -3,7 +3,7 @@
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,8 +15,31 @@ from gptq_jax.spec import QuantSpec
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsReport:
+    """What calibration said of the experts of one layer.
+
+    Attributes:
+        count: experts.
+        needed: rows below which an expert was solved with the statistics of all tokens.
+        least: rows that the expert with the fewest saw.
+        most: rows that the expert with the most saw.
+        shared: experts that were solved with the statistics of all tokens.
+        unseen: those of them that no token was routed to.
+        rounded: experts that the method could not solve and that were rounded to nearest.
+    """
+
+    count: int
+    needed: int
+    least: int
+    most: int
+    shared: tuple[int, ...]
+    unseen: tuple[int, ...]
+    rounded: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """One quantized weight.
+    """One quantized weight, or those of stacked experts, whose losses are summed.
 
     Attributes:
         path: of the layer, like "layers.3.mlp.down_proj".
@@ -26,11 +49,13 @@ class LayerReport:
         loss: squared output error summed over outputs, a mean over calibration tokens: tr(D^T H D) / tokens.
         rtn_loss: the same for rounding to nearest on the same Hessian.
         relative_error: root of loss over the mean squared output, |X(W-Q)| / |XW|.
-        damping: fraction of the mean diagonal at which the Hessian could be factored; None: no factor needed.
-        fell_back: the solver failed and the weight was rounded to nearest.
+        damping: fraction of the mean diagonal at which the Hessian could be factored, the most of any expert;
+            None: no factor needed.
+        fell_back: the solver failed and the weight, or that of an expert, was rounded to nearest.
         tokens: that its Hessian is made of.
         seconds: solving, shared evenly among layers solved as one.
         nbytes: of the packed weight.
+        experts: None for a layer without.
     """
 
     path: str
@@ -46,6 +71,12 @@ class LayerReport:
     tokens: int
     seconds: float
     nbytes: int
+    experts: ExpertsReport | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many numbers were quantized."""
+        return self.d_in * self.d_out * (1 if self.experts is None else self.experts.count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +105,7 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Of the quantized layers, scales and zeros included."""
-        return 8 * sum(layer.nbytes for layer in self.layers) / sum(layer.d_in * layer.d_out for layer in self.layers)
+        return 8 * sum(layer.nbytes for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
     @property
     def loss(self) -> float:
@@ -83,13 +114,12 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Report":
         """The inverse of `to_json`."""
-        layers = tuple(LayerReport(**{**layer, "spec": QuantSpec(**layer["spec"])}) for layer in data["layers"])
-        return cls(**{**data, "layers": layers})
+        return cls(**{**data, "layers": tuple(map(_layer, data["layers"]))})
 
     def write(self, path: str) -> None:
         """Write as JSON."""
@@ -116,6 +146,43 @@ class Report:
             ]
             table.add_row(*row, f"{ratio:.2f}" if one_grid else spec_label(layer.spec))
         return table
+
+
+def _layer(data: Mapping[str, Any]) -> LayerReport:
+    experts = data.get("experts")
+    if experts is not None:
+        lists = {name: tuple(value) for name, value in experts.items() if isinstance(value, list)}
+        experts = ExpertsReport(**{**experts, **lists})
+    return LayerReport(**{**data, "spec": QuantSpec(**data["spec"]), "experts": experts})
+
+
+def expert_lines(layers: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which experts were not solved with tokens of their own, a line for layers of which the same is true.
+
+    Args:
+        layers: each as `to_json` has it.
+    """
+    lines: dict[tuple[str, str], list[str]] = {}
+    for layer in layers:
+        experts = layer.get("experts")
+        if experts is None:
+            continue
+        parent, _, name = layer["path"].rpartition(".")
+        if experts["shared"]:
+            text = (
+                f"{len(experts['shared'])} of {experts['count']} experts saw fewer than {experts['needed']} tokens "
+                f"and were solved with those of all: {_listed(experts['shared'])}"
+            )
+            text += f"; no token at all: {_listed(experts['unseen'])}" if experts["unseen"] else ""
+            lines.setdefault((parent, text), []).append(name)
+        if experts["rounded"]:
+            text = f"experts that could not be solved and were rounded to nearest: {_listed(experts['rounded'])}"
+            lines.setdefault((parent, text), []).append(name)
+    return [f"{parent}.{', '.join(names)}: {text}" for (parent, text), names in lines.items()]
+
+
+def _listed(experts: Iterable[int]) -> str:
+    return ", ".join(map(str, experts))
 
 
 def spec_label(spec: QuantSpec) -> str:

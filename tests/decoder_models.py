@@ -1,5 +1,6 @@
 """Models and a tokenizer made in memory from tests/decoder_cases.py."""
 
+import dataclasses
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from gptq_jax.models.base import Model
 from gptq_jax.models.registry import architecture_from_config
+from gptq_jax.tensor import QuantizedTensor
 
 TEXT = "the quick brown fox jumps over the lazy dog; äöü 世界 🙂. " * 4
 
@@ -29,6 +31,13 @@ def build(hf_config: dict, *, seed: int = 0, dtype: str = "float32", tokenizer: 
     params = jax.tree_util.tree_map_with_path(leaf, architecture.abstract_params())
     assert not tensors, f"no place for {sorted(tensors)}"
     return Model(architecture, params, tokenizer, hf_config)
+
+
+def floated(model: Model) -> Model:
+    """The same weights without packing, which a CPU multiplies faster when there are many tokens."""
+    is_packed = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
+    params = jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, model.params, is_leaf=is_packed)
+    return dataclasses.replace(model, params=params)
 
 
 @lru_cache

@@ -14,6 +14,7 @@ from gptq_jax.bench.timing import Yardstick, copies_for, device_kind, seconds_ea
 from gptq_jax.models.decoder import DecoderConfig
 from pallas_kernels import api
 from pallas_kernels.mosaic_gpu import tuning
+from pallas_kernels.mosaic_gpu.rules import RULES
 from pallas_kernels.packing import packed_words
 from pallas_kernels.reference import dequantize_weight
 from pallas_kernels.weight import PackedWeight, describe
@@ -197,9 +198,9 @@ def tune(
     )
     problem = describe(weight, tokens, yardstick.dtype)
     chosen = next(name for name, answer in api.explain(problem).items() if answer == "runs")
-    if chosen != "mosaic_hopper":
-        raise NotImplementedError(f"{chosen} runs here and takes no tiling: only mosaic_hopper can be tuned.")
-    tilings = tuning.candidates(problem)
+    if chosen not in RULES:
+        raise NotImplementedError(f"{chosen} runs here and takes no tiling: only {' and '.join(RULES)} can be tuned.")
+    tilings = RULES[chosen].candidates(problem)
     found: list[tuple[float, tuning.Tiling]] = []
     failures: list[str] = []
     for done, tiling in enumerate(tilings):

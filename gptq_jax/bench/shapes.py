@@ -1,11 +1,17 @@
 """Real models by their shape."""
 
+from typing import cast
+
 from gptq_jax.models.decoder import DecoderConfig
+from gptq_jax.models.published import PUBLISHED
+from gptq_jax.models.registry import architecture_from_config
 
 
-def _shape(
-    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, *, tied: bool = False
-) -> DecoderConfig:
+def _published(name: str) -> DecoderConfig:
+    return cast(DecoderConfig, architecture_from_config(PUBLISHED[name]))
+
+
+def _shape(vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -15,17 +21,16 @@ def _shape(
         num_kv_heads=kv_heads,
         head_dim=hidden // heads,
         context_length=4096,
-        tie_embeddings=tied,
     )
 
 
 SHAPES = {
-    "llama-7b": _shape(32000, 4096, 11008, 32, 32, 32),
-    "llama-13b": _shape(32000, 5120, 13824, 40, 40, 40),
-    "llama-70b": _shape(32000, 8192, 28672, 80, 64, 8),
+    "llama-7b": _published("llama-2-7b"),
+    "llama-13b": _published("llama-2-13b"),
+    "llama-70b": _published("llama-2-70b"),
     "qwen-7b": _shape(152064, 3584, 18944, 28, 28, 4),
     "qwen-14b": _shape(152064, 5120, 13824, 48, 40, 8),
-    "smollm2": _shape(49152, 576, 1536, 30, 9, 3, tied=True),
+    "smollm2": _published("smollm2-135m"),
 }
 
 

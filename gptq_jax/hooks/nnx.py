@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from gptq_jax.matmul import matmul
+from gptq_jax.hooks.experts import ExpertLinear, QuantizedExpertLinear, Routed, is_stacked
+from gptq_jax.matmul import grouped_matmul, matmul
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
 
 Params = dict[str, Any]  # nested dicts: names of submodules, then of arrays or QuantizedTensors
+Input = Array | Routed  # of a linear layer: [*batch, d_in], or the rows of experts
 FUSED = "fused"  # the name, beside a module's submodules, of a list of FusedWeights
 
 
@@ -56,13 +58,17 @@ class _SharedProduct:
 
     def __init__(self, fused: FusedWeight):
         self.weight, self.starts = fused.weight, list(accumulate(fused.sizes))[:-1]
-        self.x: Array | None = None
+        self.x: Input | None = None
         self.parts: list[Array] = []
 
-    def part(self, x: Array, index: int) -> Array:
+    def part(self, x: Input, index: int) -> Input:
         if self.x is not x:
-            self.x, self.parts = x, jnp.split(matmul(x, self.weight), self.starts, axis=-1)
-        return self.parts[index]
+            if isinstance(x, Routed):
+                y = grouped_matmul(x.rows, self.weight, x.sizes)
+            else:
+                y = matmul(x, self.weight)
+            self.x, self.parts = x, jnp.split(y, self.starts, axis=-1)
+        return x._replace(rows=self.parts[index]) if isinstance(x, Routed) else self.parts[index]
 
 
 class FusedLinear(nnx.Module):
@@ -73,21 +79,24 @@ class FusedLinear(nnx.Module):
         self.index = index
         self.bias = nnx.data(bias)
 
-    def __call__(self, x: Float[Array, "*batch d_in"]) -> Float[Array, "*batch d_out"]:
+    def __call__(self, x: Float[Array, "*batch d_in"] | Routed) -> Float[Array, "*batch d_out"] | Routed:
         """`x @ kernel + bias`, in the dtype of `x`."""
         y = self.product.part(x, self.index)
-        if self.bias is None:
+        if self.bias is None or isinstance(y, Routed):
             return y
         return y + jnp.expand_dims(self.bias.astype(y.dtype), range(y.ndim - 1))
+
+
+LINEAR = (nnx.Linear, ExpertLinear, QuantizedLinear, QuantizedExpertLinear, FusedLinear)
 
 
 class _Tap:
     """Stands for a layer: keeps the input it is called with, or calls it with one that is known already."""
 
-    def __init__(self, layer: nnx.Module, path: str, tape: dict[str, Array], known: Array | None):
+    def __init__(self, layer: nnx.Module, path: str, tape: dict[str, Input], known: Input | None):
         self.layer, self.path, self.tape, self.known = layer, path, tape, known
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Input) -> Input:
         if self.path in self.tape:
             raise NotImplementedError(
                 f"layer {self.path!r} is called twice in a forward pass: one of its inputs would be lost."
@@ -113,9 +122,9 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
 
     Args:
         abstract: a module of shapes, from `nnx.eval_shape`.
-        params: its arrays by name; where a Linear's kernel is a QuantizedTensor or a PreparedWeight, a
-            QuantizedLinear takes its place, and FusedLinears that of the layers of each FusedWeight in
-            `params["fused"]`.
+        params: its arrays by name; where a linear layer's kernel is a QuantizedTensor or a PreparedWeight, a
+            QuantizedLinear or QuantizedExpertLinear takes its place, and FusedLinears that of the layers of
+            each FusedWeight in `params["fused"]`.
     """
     module = nnx.merge(*nnx.split(abstract))
     own = {name: value for name, value in params.items() if name != FUSED}
@@ -142,21 +151,28 @@ def _fill(module: Any, params: Params) -> None:
         if not isinstance(value, dict):
             setattr(module, name, nnx.Param(value))
         elif isinstance(value.get("kernel"), QuantizedTensor | PreparedWeight):
-            setattr(module, name, QuantizedLinear(value["kernel"], value.get("bias")))
+            kernel = value["kernel"]
+            packed = QuantizedExpertLinear(kernel) if is_stacked(kernel) else QuantizedLinear(kernel, value.get("bias"))
+            setattr(module, name, packed)
         else:
             _fill(getattr(module, name), value)
 
 
-def linear_layers(module: nnx.Module) -> dict[str, nnx.Module]:
-    """The linear layers of `module` by dotted path."""
+def float_layers(module: nnx.Module) -> dict[str, str]:
+    """The layers of `module` that stay float by dotted path, and why: those whose class says `stays_float`."""
     return {
-        ".".join(map(str, path)): layer
+        ".".join(map(str, path)): layer.stays_float
         for path, layer in nnx.iter_modules(module)
-        if isinstance(layer, nnx.Linear | QuantizedLinear | FusedLinear)
+        if hasattr(layer, "stays_float")
     }
 
 
-def record_inputs(module: nnx.Module, known: Mapping[str, Array] | None = None) -> dict[str, Array]:
+def linear_layers(module: nnx.Module) -> dict[str, nnx.Module]:
+    """The linear layers of `module` by dotted path."""
+    return {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module) if isinstance(layer, LINEAR)}
+
+
+def record_inputs(module: nnx.Module, known: Mapping[str, Input] | None = None) -> dict[str, Input]:
     """Make `module` note the input of each linear layer it calls, in the dict returned, by dotted path.
 
     For a module made inside the function being traced: return the entries wanted, and the compiler drops all
@@ -167,7 +183,7 @@ def record_inputs(module: nnx.Module, known: Mapping[str, Array] | None = None) 
         known: inputs that were recorded before. The layers take them in place of what they are called with,
             so that the compiler also drops whatever only they needed.
     """
-    tape: dict[str, Array] = {}
+    tape: dict[str, Input] = {}
     layers = linear_layers(module)
     if unknown := sorted(set(known or ()) - set(layers)):
         raise ValueError(f"no linear layers {unknown}: the module has {sorted(layers)}.")

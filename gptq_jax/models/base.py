@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from gptq_jax.hooks.nnx import Params, bind, linear_layers, parameters, record_inputs
+from gptq_jax.hooks.nnx import Input, Params, bind, float_layers, linear_layers, parameters, record_inputs
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
 
@@ -48,7 +48,7 @@ class Architecture(Protocol):
         """A hashable; blocks of one kind share a compiled function."""
 
     def abstract_embed(self) -> nnx.Module:
-        """Called with tokens [batch, time]; returns the residual stream [batch, time, d_model]."""
+        """Called with (tokens, positions), each [batch, time]; returns the residual stream [batch, time, d_model]."""
 
     def abstract_block(self, kind: Any) -> nnx.Module:
         """Called with (x, positions, cache, mask); returns the residual stream and the updated cache."""
@@ -220,17 +220,22 @@ class Model:
                 )
             if mask is not None and mask.shape != batch.shape:
                 raise ValueError(f"mask has shape {mask.shape}, but its tokens {batch.shape}.")
-        tied = self.config.tie_embeddings
+        tied, blocks = self.config.tie_embeddings, self.blocks()
         return Calibration(
-            blocks=self.blocks(),
+            blocks=blocks,
             start=lambda: [embed(self.config, self.params, batch) for batch in tokens],
             masks=real,
             kept_float={
+                **{
+                    f"{block.prefix}{path}": reason
+                    for block in blocks
+                    for path, reason in float_layers(self.config.abstract_block(block.kind)).items()
+                },
                 "embed": "a lookup table, not a product",
                 "head": "reads the embedding" if tied else "the output head stays float",
             },
-            assemble=lambda blocks, report: replace(
-                self, params={**self.params, "layers": list(blocks)}, report=report
+            assemble=lambda packed, report: replace(
+                self, params={**self.params, "layers": list(packed)}, report=report
             ),
         )
 
@@ -261,7 +266,10 @@ def check_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "batch time"]:
 
 
 def embed(
-    config: Architecture, params: Params, tokens: Integer[Array, "batch time"]
+    config: Architecture,
+    params: Params,
+    tokens: Integer[Array, "batch time"],
+    positions: Int32[Array, "#batch time"] | None = None,
 ) -> Float[Array, "batch time d_model"]:
     """The residual stream before the first block.
 
@@ -269,8 +277,9 @@ def embed(
         config: the architecture.
         params: with at least the entry "embed".
         tokens: within the vocabulary.
+        positions: of the tokens, within the model's context; None for 0, 1, ...
     """
-    return _embed(config, params["embed"], tokens)
+    return _embed(config, params["embed"], tokens, positions)
 
 
 def run_block(
@@ -281,7 +290,7 @@ def run_block(
     positions: Int32[Array, "#batch time"] | None = None,
     cache: Cache = None,
     mask: Bool[Array, "batch time"] | None = None,
-    known: Mapping[str, Float[Array, "batch time _"]] | None = None,
+    known: Mapping[str, Input] | None = None,
 ) -> tuple[Float[Array, "batch time d_model"], Cache]:
     """The residual stream after a block, and the updated cache (None if there is none).
 
@@ -307,9 +316,9 @@ def capture_block(
     x: Float[Array, "batch time d_model"],
     wanted: tuple[str, ...],
     mask: Bool[Array, "batch time"] | None = None,
-    known: Mapping[str, Float[Array, "batch time _"]] | None = None,
-) -> dict[str, Float[Array, "batch time _"]]:
-    """The inputs [batch, time, d_in] of the linear layers `wanted`; nothing they do not need is computed.
+    known: Mapping[str, Input] | None = None,
+) -> dict[str, Input]:
+    """The inputs of the linear layers `wanted`, [batch, time, d_in] or Routed; nothing they do not need is computed.
 
     To walk through a block layer by layer, pass what was captured so far as `known`: with the input of o_proj
     known, the attention before it is not computed again.
@@ -369,7 +378,7 @@ def input_groups(config: Architecture, kind: Hashable) -> tuple[tuple[str, ...],
         return out
 
     x = jax.eval_shape(
-        partial(_embed, config), parameters(config.abstract_embed()), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+        partial(_embed, config), parameters(config.abstract_embed()), jax.ShapeDtypeStruct((1, 2), jnp.int32), None
     )
     jax.eval_shape(trace, parameters(abstract), x)
     return tuple(tuple(group) for group in groups.values())
@@ -390,8 +399,9 @@ def _abstract_block(config: Architecture, kind: Hashable) -> nnx.Module:
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(config: Architecture, params: Params, tokens: Array) -> Array:
-    return bind(config.abstract_embed(), params)(tokens)  # type: ignore[operator]
+def _embed(config: Architecture, params: Params, tokens: Array, positions: Array | None) -> Array:
+    positions = _default_positions(tokens) if positions is None else positions
+    return bind(config.abstract_embed(), params)(tokens, positions)  # type: ignore[operator]
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
@@ -403,7 +413,7 @@ def _run_block(
     positions: Array | None,
     cache: Cache,
     mask: Array | None,
-    known: dict[str, Array],
+    known: dict[str, Input],
 ) -> tuple[Array, Cache]:
     module = bind(_abstract_block(config, kind), block_params)
     if known:
@@ -420,8 +430,8 @@ def _capture_block(
     x: Array,
     mask: Array | None,
     wanted: tuple[str, ...],
-    known: dict[str, Array],
-) -> dict[str, Array]:
+    known: dict[str, Input],
+) -> dict[str, Input]:
     module = bind(_abstract_block(config, kind), block_params)
     tape = record_inputs(module, known)
     module(x, _default_positions(x), None, mask)  # type: ignore[operator]

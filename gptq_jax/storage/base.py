@@ -26,10 +26,14 @@ class TensorSource(Protocol):
     Attributes:
         path: the file or directory.
         config: as in Hugging Face's config.json.
+        config_file: that it was read from.
+        format: of the file, in words.
     """
 
     path: Path
     config: dict[str, Any]
+    config_file: Path
+    format: str
 
     def names(self) -> list[str]:
         """Every tensor, by Hugging Face's name."""
@@ -42,3 +46,16 @@ class TensorSource(Protocol):
 
     def tokenizer(self) -> Any | None:
         """A `transformers.PreTrainedTokenizerFast`, or None if the checkpoint has none."""
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """An array in a file."""
+
+    @property
+    def file(self) -> Path: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+        """The array as stored; `name` is for errors."""

@@ -1,6 +1,7 @@
 """GGUF files: llama.cpp's single-file checkpoints, dequantized tensor by tensor."""
 
 import re
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,16 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from gptq_jax.storage.base import BFLOAT16, CheckpointError
-from gptq_jax.storage.gguf_config import llama_config
+from gptq_jax.storage.gguf_config import ROPE_FACTORS, family_of, gguf_config
+from gptq_jax.storage.gguf_families import BLOCK, OUTER
 from gptq_jax.storage.gguf_header import TensorInfo, read_header
 
 FLOAT_TYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
 BLOCK_TYPES = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-ROPE_DIVISORS = "rope_freqs.weight"
-OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 
 
 class GgufFile:
-    """A `TensorSource` over one GGUF file of a Llama or Mistral model.
+    """A `TensorSource` over one GGUF file of a family in `GGUF_FAMILIES`.
 
     F32, F16 and BF16 tensors come as stored; Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K as float32.
 
@@ -38,8 +27,10 @@ class GgufFile:
         CheckpointError: the file is damaged, its architecture is not supported, or a tensor has another type.
     """
 
+    format = "GGUF"
+
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = self.config_file = Path(path)
         if self.path.stat().st_size == 0:
             raise CheckpointError(self.path, "is empty.")
         self._data = np.memmap(self.path, mode="r")
@@ -47,10 +38,12 @@ class GgufFile:
         for name, info in header.tensors.items():
             _check_type(self.path, name, info)
         self._metadata = header.metadata
-        rope = header.tensors.get(ROPE_DIVISORS)
-        divisors = None if rope is None else self._read(rope)
-        self.config: dict[str, Any] = llama_config(self.path, header, divisors)
-        self._tensors = {hf_name(name): info for name, info in header.tensors.items() if info is not rope}
+        self._family = family_of(self.path, header)
+        factors = {name: self._read(header.tensors[name]) for name in ROPE_FACTORS if name in header.tensors}
+        self.config: dict[str, Any] = gguf_config(self.path, header, factors)
+        self._tensors = {
+            hf_name(name, self._family.blocks): info for name, info in header.tensors.items() if name not in factors
+        }
 
     def names(self) -> list[str]:
         """Every tensor; one whose GGUF name has no counterpart keeps it."""
@@ -61,8 +54,12 @@ class GgufFile:
         return self._tensors[name].shape
 
     def tensor(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """One tensor, dequantized; query and key rows in Hugging Face's order."""
+        """One tensor, dequantized; values and the order of rows as Hugging Face has them."""
         values = self._read(self._tensors[name])
+        if name.endswith("norm.weight") and self._family.norm_offset:
+            return values - np.asarray(self._family.norm_offset, values.dtype)
+        if not self._family.permuted:
+            return values
         for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if f".{projection}." in name:
                 if values.shape[0] % (2 * self.config[heads]):
@@ -90,11 +87,11 @@ class GgufFile:
             return np.asarray(dequantize(raw.reshape(-1, info.row_bytes), info.type)).reshape(info.shape)
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, blocks: Mapping[str, str] = BLOCK) -> str:
     """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
     if found := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         index, part, kind = found.groups()
-        return f"model.layers.{index}.{BLOCK[part]}.{kind}" if part in BLOCK else name
+        return f"model.layers.{index}.{blocks[part]}.{kind}" if part in blocks else name
     part, _, kind = name.rpartition(".")
     return f"{OUTER[part]}.{kind}" if part in OUTER else name
 

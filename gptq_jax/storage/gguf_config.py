@@ -9,32 +9,44 @@ import numpy as np
 from jaxtyping import Float
 
 from gptq_jax.storage.base import CheckpointError
+from gptq_jax.storage.gguf_families import GGUF_FAMILIES, GgufFamily
 from gptq_jax.storage.gguf_header import Header
+from gptq_jax.storage.gguf_keys import Keys
 
-ARCHITECTURES = ("llama",)
+DIVISORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_FACTORS = (DIVISORS, LONG, SHORT)
 # Llama 3.1's, the values llama.cpp's converter falls back on; the file holds only the resulting divisors.
 LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0
 
 
-def llama_config(path: Path, header: Header, rope_divisors: Float[np.ndarray, "pairs"] | None) -> dict[str, Any]:
-    """The config of a Llama or Mistral model (llama.cpp calls both llama).
+Factors = Mapping[str, Float[np.ndarray, "_"]]
+
+
+def family_of(path: Path, header: Header) -> GgufFamily:
+    """The architecture of a file; CheckpointError if it is not supported."""
+    architecture = header.metadata.get("general.architecture")
+    if not isinstance(architecture, str) or architecture not in GGUF_FAMILIES:
+        raise CheckpointError(
+            path,
+            f"the architecture {architecture!r} is not supported; from GGUF, {', '.join(GGUF_FAMILIES)} are.",
+        )
+    return GGUF_FAMILIES[architecture]
+
+
+def gguf_config(path: Path, header: Header, rope_factors: Factors) -> dict[str, Any]:
+    """Hugging Face's config of the model in a file.
 
     Args:
         path: the file, for errors.
         header: its metadata and tensors.
-        rope_divisors: the tensor rope_freqs.weight: what each rotary frequency is divided by.
+        rope_factors: what rotary frequencies are divided by: the tensors of `ROPE_FACTORS` that the file has.
 
     Raises:
         CheckpointError: a key is missing or the model has parts this library does not know.
     """
     metadata, tensors = header.metadata, header.tensors
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            path,
-            f"the architecture {architecture!r} is not supported; from GGUF, {', '.join(ARCHITECTURES)} is.",
-        )
-    keys = _Keys(path, {key[6:]: value for key, value in metadata.items() if key.startswith("llama.")})
+    family = family_of(path, header)
+    keys = Keys(path, metadata, metadata["general.architecture"])
     if keys.get("expert_count", int, 0):
         raise CheckpointError(path, "mixture-of-experts models are not supported from GGUF.")
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
@@ -42,15 +54,16 @@ def llama_config(path: Path, header: Header, rope_divisors: Float[np.ndarray, "p
     heads = keys.positive("attention.head_count", int)
     hidden = keys.positive("embedding_length", int)
     rotary = keys.get("rope.dimension_count", int, None)
-    head_dim = keys.positive("attention.key_length", int, rotary or hidden // heads)
-    if keys.get("attention.value_length", int, head_dim) != head_dim or (rotary or head_dim) != head_dim:
+    whole = hidden // heads if family.partial_rotary else rotary or hidden // heads
+    head_dim = keys.positive("attention.key_length", int, whole)
+    partial = 1.0 if rotary is None or not family.partial_rotary else rotary / head_dim
+    if keys.get("attention.value_length", int, head_dim) != head_dim or (rotary or head_dim) != partial * head_dim:
         raise CheckpointError(path, f"rotary or value dimensions differ from the key's {head_dim}: not supported.")
     context = keys.positive("context_length", int)
     theta = keys.positive("rope.freq_base", float, 10000.0)
-    window = keys.get("attention.sliding_window", int, None)
-    return {
-        "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-        "model_type": "mistral" if window else "llama",
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": keys.positive("feed_forward_length", int),
@@ -58,41 +71,18 @@ def llama_config(path: Path, header: Header, rope_divisors: Float[np.ndarray, "p
         "num_attention_heads": heads,
         "num_key_value_heads": keys.positive("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        "hidden_act": family.act,
         "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": context,
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(keys, context, _frequencies(theta, head_dim), rope_divisors),
+        "rope_scaling": _rope_scaling(keys, context, _frequencies(theta, head_dim), rope_factors),
         "attention_bias": any(".attn_" in name and name.endswith(".bias") for name in tensors),
         "mlp_bias": any(".ffn_" in name and name.endswith(".bias") for name in tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
-        **({"sliding_window": window} if window else {}),
+        **({"partial_rotary_factor": partial} if partial != 1.0 else {}),
         **_token_ids(metadata),
     }
-
-
-class _Keys:
-    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
-        self.path, self.values = path, values
-
-    def get(self, key: str, kind: type, default: Any) -> Any:
-        if key not in self.values:
-            return default
-        value: Any = self.values[key]
-        if kind is float and isinstance(value, float) and math.isfinite(value):
-            return float(str(np.float32(value)))  # 1e-05, not 9.999999747378752e-06
-        if kind is int and type(value) is int and 0 <= value < 2**31:
-            return value
-        if kind is str and isinstance(value, str):
-            return value
-        shown = f"{len(value)} values" if isinstance(value, list) else repr(value)
-        raise CheckpointError(self.path, f"metadata llama.{key} is {shown}, not one {kind.__name__}.")
-
-    def positive(self, key: str, kind: type, default: Any = None) -> Any:
-        value = self.get(key, kind, default)
-        if value is None or value <= 0:
-            raise CheckpointError(self.path, f"metadata llama.{key} is missing or not positive.")
-        return value
+    return {**config, **family.config(keys, config)}
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,15 +101,20 @@ def _frequencies(theta: float, head_dim: int) -> Float[np.ndarray, "pairs"]:
 
 
 def _rope_scaling(
-    keys: _Keys,
+    keys: Keys,
     context: int,
     frequencies: Float[np.ndarray, "pairs"],
-    divisors: Float[np.ndarray, "pairs"] | None,
+    factors: Factors,
 ) -> dict[str, Any] | None:
     kind = keys.get("rope.scaling.type", str, "none")
     factor = keys.positive("rope.scaling.factor", float, keys.positive("rope.scale_linear", float, 1.0))
     original = keys.get("rope.scaling.original_context_length", int, None)
-    if divisors is not None:
+    if LONG in factors and SHORT in factors:
+        scaling = {"rope_type": "longrope", "original_max_position_embeddings": original or context}
+        attention = keys.get("rope.scaling.attn_factor", float, None)
+        lists = {"long_factor": factors[LONG].tolist(), "short_factor": factors[SHORT].tolist()}
+        return {**scaling, **lists, **({"attention_factor": attention} if attention else {})}
+    if (divisors := factors.get(DIVISORS)) is not None:
         if kind != "none":
             raise CheckpointError(keys.path, f"has both rope_freqs.weight and rope scaling {kind!r}: not supported.")
         return _llama3_scaling(keys.path, frequencies, divisors, original or LLAMA3_CONTEXT)

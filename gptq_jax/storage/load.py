@@ -13,17 +13,34 @@ from gptq_jax.models.base import Architecture, Model
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.fields import raise_problems
+from gptq_jax.storage.flax_tree import as_flax_tree, is_flax, open_flax
 from gptq_jax.storage.gguf import GgufFile
+from gptq_jax.storage.orbax_tree import OrbaxTree, is_orbax
 from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
 from gptq_jax.storage.packed.read import read_packed_params
-from gptq_jax.storage.parameters import MISFIT, float_problems, leaves_of, left_over_problems, put, read_float
-from gptq_jax.storage.safetensors import SafetensorsDirectory, first_line
+from gptq_jax.storage.parameters import (
+    MISFIT,
+    float_problems,
+    leaves_of,
+    left_over_problems,
+    put,
+    read_float,
+    stored_parts,
+)
+from gptq_jax.storage.safetensors import SafetensorsDirectory
+from gptq_jax.storage.safetensors_header import first_line
 from gptq_jax.storage.sharding import Placement, as_placement, one_device
 from gptq_jax.storage.store import is_store, load_store
 
-ACCEPTED = "a .gguf file, a directory with config.json and safetensors, or a Hugging Face id like org/name"
+ACCEPTED = "a .gguf file, a directory with config.json and safetensors or flax_model.msgpack, or a Hub id like org/name"
+NEEDS_CONFIG = (
+    "does not say what model it is: name the config.json of its architecture by arch_config (--arch-config on the "
+    "command line)."
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+HUB_FLAX_FILES = ["flax_model*.msgpack"]
+HUB_OTHERS = ["*/*", "consolidated*"]  # the same weights in other layouts
 PARAM_DTYPES = ("float32", "bfloat16")
 
 
@@ -32,6 +49,7 @@ def load(
     *,
     dtype: DTypeLike = "float32",
     sharding: jax.sharding.Sharding | Placement | None = None,
+    arch_config: str | PathLike[str] | None = None,
 ) -> Model:
     """Load a model.
 
@@ -41,6 +59,8 @@ def load(
         dtype: of a checkpoint's float parameters: float32 or bfloat16. A saved model keeps its own.
         sharding: where arrays go as they are read: one sharding for all, or a function of an array's name and
             shape, like `ShardingRules`. None: the first device.
+        arch_config: the config.json that says what model it is, for what does not carry one: an Orbax checkpoint of
+            parameters, or a file of flax.serialization. A tokenizer is looked for beside it.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -48,9 +68,9 @@ def load(
         ValueError: its architecture or `dtype` is not supported.
     """
     dtype, placement = _dtype_name(dtype), as_placement(sharding)
-    if is_store(Path(path_or_id)):
+    if is_store(Path(path_or_id)) and arch_config is None:
         return load_store(path_or_id, placement)
-    source = open_source(path_or_id)
+    source = open_source(path_or_id, arch_config)
     config = read_architecture(source)
     tokenizer = source.tokenizer()  # before the weights: cheap to find missing or broken
     # The parameters say themselves which grids they have.
@@ -63,33 +83,65 @@ def read_architecture(source: TensorSource) -> Architecture:
     try:
         return architecture_from_config(source.config)
     except ValueError as error:
-        file = source.path / "config.json" if source.path.is_dir() else source.path
-        raise CheckpointError(file, str(error)) from None
+        raise CheckpointError(source.config_file, str(error)) from None
 
 
-def open_source(path_or_id: str | PathLike[str]) -> TensorSource:
-    """Open a GGUF file, a Hugging Face directory, or a model of the Hugging Face Hub.
+def open_source(path_or_id: str | PathLike[str], arch_config: str | PathLike[str] | None = None) -> TensorSource:
+    """Open a GGUF file, a Hugging Face directory, a model of the Hugging Face Hub, or parameters without a config.
 
-    A Hub model is downloaded to the usual cache, its safetensors, config and tokenizer files only.
+    A Hub model is downloaded to the usual cache, its config and tokenizer files and its safetensors only, or, where it
+    has none, its Flax weights.
+
+    Args:
+        path_or_id: what to open.
+        arch_config: as for `load`.
 
     Raises:
         FileNotFoundError: there is nothing at the path, or the Hub cannot be reached or has no such model.
         CheckpointError: what is there cannot be used.
     """
     path = Path(path_or_id)
+    if arch_config is not None:
+        return _open_bare(path, Path(arch_config))
     if path.is_file():
         if path.suffix.lower() == ".gguf":
             return GgufFile(path)
+        if is_flax(path):
+            raise CheckpointError(path, NEEDS_CONFIG)
         raise CheckpointError(path, f"is not a checkpoint: give {ACCEPTED}.")
     if path.is_dir():
         if (path / "config.json").is_file():
-            return SafetensorsDirectory(path)
+            return _open_directory(path)
+        if is_orbax(path) or is_flax(path):
+            raise CheckpointError(path, NEEDS_CONFIG)
         found = sorted(file.name for file in path.glob("*.gguf"))
         hint = f"did you mean {path / found[0]}?" if found else f"give {ACCEPTED}."
         raise CheckpointError(path, f"has no config.json: {hint}")
     if isinstance(path_or_id, str) and HUB_ID.fullmatch(path_or_id):
-        return SafetensorsDirectory(_download(path_or_id))
+        return _open_directory(Path(_download(path_or_id)))
     raise FileNotFoundError(f"{path_or_id} does not exist: give {ACCEPTED}.")
+
+
+def _open_bare(path: Path, config_file: Path) -> TensorSource:
+    """Parameters whose architecture another file describes."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give an Orbax checkpoint or a file of flax.serialization.")
+    if config_file.is_dir():
+        config_file = config_file / "config.json"
+    if is_flax(path):
+        return open_flax(path, config_file)
+    if not is_store(path) and is_orbax(path):
+        return OrbaxTree(path, config_file)
+    raise CheckpointError(
+        path, "takes no arch_config (--arch-config), which is for Orbax checkpoints and Flax's msgpack files only."
+    )
+
+
+def _open_directory(path: Path) -> TensorSource:
+    if is_flax(path):
+        return open_flax(path, path / "config.json")
+    source = SafetensorsDirectory(path)
+    return as_flax_tree(source) or source
 
 
 def read_params(
@@ -117,10 +169,17 @@ def read_params(
     if (packed := packed_format(source)) is not None:
         return read_packed_params(packed, architecture, dtype, placement)
     leaves, structure = leaves_of(source, architecture)
+    if isinstance(source, OrbaxTree):
+        leaves = source.named(leaves)
     problems = float_problems(source, leaves)
-    problems += left_over_problems(source, {leaf.tensor for leaf in leaves})
-    raise_problems(source.path, problems, MISFIT)
-    arrays = [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
+    problems += left_over_problems(source, {leaf.tensor for leaf in stored_parts(leaves)})
+    beside = source.config_file in (source.path, source.path / "config.json")
+    misfit = MISFIT if beside else f"does not fit {source.config_file} (is it of this model?): "
+    raise_problems(source.path, problems, misfit)
+    if isinstance(source, OrbaxTree):
+        arrays = source.parameters(leaves, dtype, placement)
+    else:
+        arrays = [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
     return jax.tree_util.tree_unflatten(structure, arrays)
 
 
@@ -139,8 +198,10 @@ def _download(model_id: str) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
-        # Files in folders, and "consolidated" ones, are the same weights in another layout.
-        return snapshot_download(model_id, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"])
+        path = snapshot_download(model_id, allow_patterns=HUB_FILES, ignore_patterns=HUB_OTHERS)
+        if not any(Path(path).glob("*.safetensors")):  # only then: many models are there in both
+            snapshot_download(model_id, allow_patterns=HUB_FLAX_FILES, ignore_patterns=HUB_OTHERS)
+        return path
     except RepositoryNotFoundError:
         raise FileNotFoundError(
             f"{model_id} is no local path and no model of the Hugging Face Hub that you can access."

@@ -1,8 +1,8 @@
 """Which stored tensor each parameter of a model is, whether all fit, and the float ones as arrays."""
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,12 +12,17 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gptq_jax.models.base import Architecture
+from gptq_jax.models.experts import EXPERT
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.sharding import Placement
 
-# Constants that old checkpoints store although the model computes them.
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
-EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+# Constants that old checkpoints store although the model computes them: frequencies, and causal masks.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
+OUTPUTS = ("lm_head.weight", "embed_out.weight")
+# What checkpoints write before their names in place of the first part of ours: nothing, where the model was saved
+# without its head; the path of the language model, where it is one of several.
+BASES = ("", "language_model.model.", "model.language_model.")
+OTHER_MODELS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
 MISFIT = "does not fit its config: "
 
 
@@ -27,7 +32,7 @@ class Leaf:
 
     Attributes:
         path: in the tree, like "layers.3.mlp.down_proj.kernel".
-        tensor: Hugging Face's name of it.
+        tensor: Hugging Face's name of it; with `EXPERT` in it, that of a tensor for each expert.
         transposed: the tensor is stored as [d_out, d_in].
         shape: of the parameter.
     """
@@ -36,6 +41,24 @@ class Leaf:
     tensor: str
     transposed: bool
     shape: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is made of a tensor for each expert."""
+        return EXPERT in self.tensor
+
+    @property
+    def parts(self) -> "tuple[Leaf, ...]":
+        """What is stored as one tensor each: the leaf itself, or that of every expert."""
+        if not self.stacked:
+            return (self,)
+        names = (self.tensor.replace(EXPERT, str(expert)) for expert in range(self.shape[0]))
+        return tuple(replace(self, tensor=name, shape=self.shape[1:]) for name in names)
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is the weight of a linear layer."""
+        return self.path.endswith(".kernel")
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -47,7 +70,7 @@ def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Le
     """The parameters in the order of the tree, and the structure that they fill.
 
     Raises:
-        CheckpointError: the config names more layers than the checkpoint has tensors.
+        CheckpointError: the config names more layers, or more experts, than the checkpoint has tensors.
     """
     stored = len(source.names())
     if architecture.num_layers > stored:  # before so many shapes are made
@@ -55,13 +78,33 @@ def leaves_of(source: TensorSource, architecture: Architecture) -> tuple[list[Le
             source.path, f"{MISFIT}num_hidden_layers is {architecture.num_layers}, but there are {stored} tensors."
         )
     leaves, structure = _leaves(architecture)
-    return list(leaves), structure
+    if (experts := max((leaf.shape[0] for leaf in leaves if leaf.stacked), default=0)) > stored:
+        raise CheckpointError(source.path, f"{MISFIT}it has {experts} experts, but there are {stored} tensors.")
+    names = _stored_names(leaves, set(source.names()))
+    return [replace(leaf, tensor=name) for leaf, name in zip(leaves, names, strict=True)], structure
+
+
+def _stored_names(leaves: Sequence[Leaf], stored: set[str]) -> list[str]:
+    """What the checkpoint calls each tensor: as we do, or with another base before the name of every block."""
+    ours = [leaf.tensor for leaf in leaves]
+    base = ours[0].split(".")[0] + "."
+    if not any(name.startswith(base) and name in stored for name in ours):
+        for other in BASES:
+            renamed = [other + name.removeprefix(base) if name.startswith(base) else name for name in ours]
+            if renamed[0] in stored:
+                return renamed
+    return ours
+
+
+def stored_parts(leaves: Iterable[Leaf]) -> Iterator[Leaf]:
+    """Leaves as they are stored, those of experts apart."""
+    return (part for leaf in leaves for part in leaf.parts)
 
 
 def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
     """What keeps float tensors from being these parameters, each a phrase."""
     stored, problems = set(source.names()), []
-    for leaf in leaves:
+    for leaf in stored_parts(leaves):
         if leaf.tensor not in stored:
             problems.append(f"{leaf.tensor} is missing")
         elif source.shape(leaf.tensor) != leaf.stored_shape:
@@ -72,17 +115,25 @@ def float_problems(source: TensorSource, leaves: Iterable[Leaf]) -> list[str]:
 def left_over_problems(source: TensorSource, used: set[str]) -> list[str]:
     """The tensors that nothing uses, each a phrase."""
     problems = []
-    left_over = sorted(name for name in set(source.names()) - used if not COMPUTED.search(name))
-    if OUTPUT in left_over and EMBEDDING in used:
+    stored = set(source.names())
+    left_over = sorted(name for name in stored - used if not COMPUTED.search(name) and not OTHER_MODELS.search(name))
+    for output in sorted(set(OUTPUTS) & set(left_over)):
         # The config ties the head to the embedding: a stored copy may be dropped, another matrix may not.
-        left_over.remove(OUTPUT)
-        if not _equal(source, OUTPUT, EMBEDDING):
-            problems.append(f"{OUTPUT} differs from {EMBEDDING} though the config ties them")
+        alike = sorted(name for name in used if name in stored and source.shape(name) == source.shape(output))
+        if alike:
+            left_over.remove(output)
+            if not any(_equal(source, output, name) for name in alike):
+                problems.append(f"{output} differs from {alike[0]} though the config ties them")
     return problems + [f"{name} belongs to no part of this architecture" for name in left_over]
 
 
 def read_float(source: TensorSource, leaf: Leaf, dtype: str) -> Float[np.ndarray, "..."]:
     """One float parameter; CheckpointError if it is not finite."""
+    if leaf.stacked:
+        stack = np.empty(leaf.shape, jnp.dtype(dtype))
+        for place, part in zip(stack, leaf.parts, strict=True):
+            place[...] = read_float(source, part, dtype)
+        return stack
     values = source.tensor(leaf.tensor)
     if not np.isfinite(values).all():
         raise CheckpointError(source.path, f"tensor {leaf.tensor!r} holds NaN or infinity.")

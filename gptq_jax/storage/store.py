@@ -9,6 +9,7 @@ DIR/tokenizer...    as transformers writes them
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -170,9 +171,9 @@ def planned_bytes(model: Model, specs: dict[str, QuantSpec | None]) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         spec = specs.get(_name(path).removesuffix(".kernel"))
         if spec is not None:
-            d_in, d_out = leaf.shape
-            grids = 5 * spec.groups(d_in) * d_out
-            total += 4 * (packed_words(d_in, spec.bits) * d_out + d_in) + grids - leaf.size * leaf.dtype.itemsize
+            *stack, d_in, d_out = leaf.shape
+            one = 4 * (packed_words(d_in, spec.bits) * d_out + d_in) + 5 * spec.groups(d_in) * d_out
+            total += math.prod(stack) * one - leaf.size * leaf.dtype.itemsize
     return total
 
 
@@ -238,13 +239,13 @@ def _target(path: Path, manifest: dict[str, Any], config: Architecture, placemen
         layer = name.removesuffix(".kernel")
         shapes: Any = {"": leaf.shape}
         if layer in quantized:
-            spec, (d_in, d_out) = quantized[layer], leaf.shape
-            grid = (spec.groups(d_in), d_out)
-            shapes = {".codes": (packed_words(d_in, spec.bits), d_out), ".scales": grid}
+            spec, (*stack, d_in, d_out) = quantized[layer], leaf.shape
+            grid = (*stack, spec.groups(d_in), d_out)
+            shapes = {".codes": (*stack, packed_words(d_in, spec.bits), d_out), ".scales": grid}
             if not spec.symmetric:
                 shapes[".zeros"] = grid
             if f"{name}.group_of_row" in dtypes:
-                shapes[".group_of_row"] = (d_in,)
+                shapes[".group_of_row"] = (*stack, d_in)
         arrays = {}
         for field, shape in shapes.items():
             if dtypes.get(name + field) not in _DTYPES.get(field, _FLOATS):
@@ -279,7 +280,7 @@ def _repacked(arrays: Any, quantized: dict[str, Any], config: Architecture) -> A
         return QuantizedTensor(
             **{name: stored.get(name) for name in _FIELDS},
             spec=QuantSpec(**quantized[layer]),
-            d_in=leaf.shape[0],
+            d_in=leaf.shape[-2],
         )
 
     return jax.tree_util.tree_map_with_path(build, config.abstract_params(), arrays)

@@ -11,6 +11,7 @@ Beyond `MIDDLE_TOKENS` tokens the weight is made float once and the vendor's pro
 experts.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,32 +20,25 @@ from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from pallas_kernels.autodiff import differentiable
 from pallas_kernels.grouped import block_rows
-from pallas_kernels.mosaic_gpu import compat, experts, prefill
+from pallas_kernels.mosaic_gpu import compat, experts, prefill, rules, tuning
 from pallas_kernels.mosaic_gpu.layout import (
     PLANES,
     TILE_K,
     TILE_N,
     WORDS,
     ShuffledWeight,
-    kernel_group_rows,
     round_up,
     shuffle,
 )
 from pallas_kernels.mosaic_gpu.operands import group_sums, in_row_order, swizzled
-from pallas_kernels.mosaic_gpu.tuning import MIDDLE_TOKENS, Tiling
+from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.mosaic_gpu.unpack import load_tile, unpack_tile
 from pallas_kernels.weight import PackedWeight, Problem
-
-_BLOCKS = 324  # three for each of the 108 multiprocessors of an A100
-_LEAST_STEPS = 8  # of a part of the inputs, twice what is in flight
 
 
 def check(problem: Problem) -> None:
     """Raises NotImplementedError, naming its limit, for a problem that this implementation declines."""
-    if limit := compat.limit(problem, (8,)):
-        raise NotImplementedError(limit)
-    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
-        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+    compat.check(problem, (8,))
 
 
 def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
@@ -54,9 +48,10 @@ def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
 
 def run(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Float[Array, "tokens d_out"]:
     """`x @ weight`, summed in float32, in the dtype of `x`."""
-    if x.shape[0] > MIDDLE_TOKENS:
+    tiling = tuning.choose(compat.device_kind(), weight.problem(x), rules.ampere)
+    if tiling.regime == "prefill":
         return prefill.matmul(x, weight)
-    return matmul(in_row_order(x, weight), weight, choose(x.shape[0], weight))
+    return matmul(in_row_order(x, weight), weight, tiling)
 
 
 def transposed(dy: Float[Array, "tokens d_out"], weight: ShuffledWeight) -> Float[Array, "tokens d_in"]:
@@ -74,20 +69,9 @@ def grouped(
 def _grouped(x: Float[Array, "tokens d_in"], stack: experts.Stack) -> Float[Array, "tokens d_out"]:
     weights, group_sizes = stack
     tokens, count = x.shape[0], group_sizes.shape[0]
-    tiling = choose(block_rows(tokens, count), weights, min(tokens, count))
+    problem = replace(weights.problem(x), tokens=block_rows(tokens, count), experts=min(tokens, count))
+    tiling = rules.ampere(problem)
     return experts.product(x, stack, tiling.tile_m, lambda rows, of_tiles: matmul(rows, weights, tiling, of_tiles))
-
-
-def choose(tokens: int, weight: ShuffledWeight, products: int = 1) -> Tiling:
-    """How one of so many products is cut up: tiles that fit the registers, and parts enough to fill an A100."""
-    large = weight.group_rows >= TILE_K  # else the sums of a step's groups, all in flight, need more registers
-    tile_m = next(tile for tile in (8, 16, 32, 64) if tokens <= tile or tile == (64 if large else 32))
-    tile_n = 2 * TILE_N if tile_m == 32 and large else TILE_N
-    tile_k = 2 * TILE_K if tile_m <= 16 and weight.k_padded % (2 * TILE_K) == 0 else TILE_K
-    steps = weight.k_padded // tile_k
-    blocks = products * -(-weight.n_padded // tile_n) * -(-tokens // tile_m)
-    split_k = max(1, min(_BLOCKS // blocks, steps // _LEAST_STEPS))
-    return Tiling(tile_m=tile_m, tile_n=tile_n, tile_k=tile_k, stages=min(4, steps // split_k), split_k=split_k)
 
 
 def matmul(
@@ -224,7 +208,7 @@ def _parts(
             body,
             grid=(count,),
             in_specs=[x_spec, *plane_specs],
-            max_concurrent_steps=tiling.stages,
+            max_concurrent_steps=min(tiling.stages, steps // split_k),
             init_carry=(tuple(zero() for _ in n_of), load_scales(first)),
         )(x_gmem, *(plane for plane in planes_gmem for _ in n_of))
         for n, total in zip(n_of, totals, strict=True):

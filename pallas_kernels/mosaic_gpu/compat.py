@@ -5,18 +5,26 @@ from collections.abc import Iterator
 
 import jax
 
+from pallas_kernels.mosaic_gpu.layout import kernel_group_rows
 from pallas_kernels.weight import Problem
 
 OLDEST_JAX = (0, 11, 2)  # the first with plgpu.mma, and an interpreter that takes these kernels
 
 
-def limit(problem: Problem, capabilities: tuple[int, ...]) -> str | None:
-    """Why a Mosaic kernel cannot run `problem`; None where it can.
+def check(problem: Problem, capabilities: tuple[int, ...]) -> None:
+    """Raise NotImplementedError, naming its limit, for a problem that a Mosaic kernel declines.
 
     Args:
-        problem: its platform and the dtype of its activations are looked at.
+        problem: its platform, its groups and the dtype of its activations are looked at.
         capabilities: major compute capabilities the kernel is written for.
     """
+    if limit := _device_limit(problem, capabilities):
+        raise NotImplementedError(limit)
+    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
+        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+
+
+def _device_limit(problem: Problem, capabilities: tuple[int, ...]) -> str | None:
     if jax.__version_info__[:3] < OLDEST_JAX:
         oldest = ".".join(map(str, OLDEST_JAX))
         return f"jax {jax.__version__} is older than {oldest}, which its Mosaic GPU kernels need: upgrade jax."

@@ -9,10 +9,10 @@ from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.autodiff import differentiable
 from pallas_kernels.grouped import block_rows
-from pallas_kernels.mosaic_gpu import compat, experts, prefill, tuning
+from pallas_kernels.mosaic_gpu import compat, experts, prefill, rules, tuning
 from pallas_kernels.mosaic_gpu.hopper_decode import decode
 from pallas_kernels.mosaic_gpu.hopper_middle import STORED_TOKENS, middle
-from pallas_kernels.mosaic_gpu.layout import TILE_N, ShuffledWeight, kernel_group_rows, shuffle
+from pallas_kernels.mosaic_gpu.layout import TILE_N, ShuffledWeight, shuffle
 from pallas_kernels.mosaic_gpu.operands import in_row_order
 from pallas_kernels.mosaic_gpu.tuning import Tiling
 from pallas_kernels.weight import PackedWeight, Problem
@@ -23,10 +23,7 @@ _STAGES = 4  # where parts are long enough
 
 def check(problem: Problem) -> None:
     """Raises NotImplementedError, naming its limit, for a problem that this implementation declines."""
-    if limit := compat.limit(problem, (9,)):
-        raise NotImplementedError(limit)
-    if kernel_group_rows(problem.group_rows, problem.d_in) is None:
-        raise NotImplementedError(f"group_rows={problem.group_rows} is no multiple of 32 inputs.")
+    compat.check(problem, (9,))
 
 
 def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
@@ -36,7 +33,7 @@ def prepare(weight: PackedWeight, x_dtype: Any) -> ShuffledWeight:
 
 def run(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Float[Array, "tokens d_out"]:
     """`x @ weight`, summed in float32, in the dtype of `x`, by the kernel for as many tokens."""
-    tiling = tuning.choose(compat.device_kind(), _problem(x, weight))
+    tiling = tuning.choose(compat.device_kind(), weight.problem(x), rules.hopper)
     if tiling.regime == "prefill":
         return prefill.matmul(x, weight)
     kernel = decode if tiling.regime == "decode" else middle
@@ -64,10 +61,10 @@ def _grouped(x: Float[Array, "tokens d_in"], stack: experts.Stack) -> Float[Arra
 
 def _grouped_tiling(x: Float[Array, "tokens d_in"], weights: ShuffledWeight, count: int) -> Tiling:
     """That of an expert's average share of the tokens, but for parts and warpgroups."""
-    problem = replace(_problem(x, weights), tokens=block_rows(x.shape[0], count))
-    tiling = tuning.choose(compat.device_kind(), problem)
+    problem = replace(weights.problem(x), tokens=block_rows(x.shape[0], count))
+    tiling = tuning.choose(compat.device_kind(), problem, rules.hopper)
     if tiling.regime == "prefill":
-        tiling = tuning.heuristic(problem)
+        tiling = rules.hopper(problem)
     # Other experts' blocks fill the card too, so that parts can be longer, and no block is of two experts.
     split_k = -(-tiling.split_k // min(count, x.shape[0]))
     stages = tiling.stages if split_k == tiling.split_k else max(tiling.stages, _STAGES)
@@ -103,17 +100,3 @@ def shared_bytes(tiling: Tiling, weight: ShuffledWeight, x_dtype: Any) -> int:
         stage += tiling.tile_k // weight.group_rows * of_group
     stored = tiling.tile_m if tiling.regime == "decode" else STORED_TOKENS
     return tiling.stages * stage + stored * outputs * (2 if tiling.split_k == 1 else 4)
-
-
-def _problem(x: Float[Array, "tokens d_in"], weight: ShuffledWeight) -> Problem:
-    return Problem(
-        tokens=x.shape[0],
-        x_dtype=x.dtype.name,
-        d_in=weight.d_in,
-        d_out=weight.d_out,
-        bits=weight.bits,
-        group_rows=min(weight.group_rows, weight.d_in),
-        zeros=None if weight.zeros is None else "float32",
-        permuted=weight.permutation is not None,
-        platform="gpu",
-    )

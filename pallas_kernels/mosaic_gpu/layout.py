@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Integer, UInt8
 
 from pallas_kernels.packing import unpack
-from pallas_kernels.weight import PackedWeight
+from pallas_kernels.weight import PackedWeight, Problem
 
 TILE_N = 64
 TILE_K = 128
@@ -73,6 +73,20 @@ class ShuffledWeight:
     def n_padded(self) -> int:
         """Outputs with their padding, a multiple of 64."""
         return round_up(self.d_out, TILE_N)
+
+    def problem(self, x: Float[Array, "tokens d_in"]) -> Problem:
+        """What is known of `x @ weight` on a GPU, by which its tiling is chosen."""
+        return Problem(
+            tokens=x.shape[0],
+            x_dtype=x.dtype.name,
+            d_in=self.d_in,
+            d_out=self.d_out,
+            bits=self.bits,
+            group_rows=min(self.group_rows, self.d_in),
+            zeros=None if self.zeros is None else "float32",
+            permuted=self.permutation is not None,
+            platform="gpu",
+        )
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
@@ -24,9 +24,6 @@ LAYOUT_K = 128  # inputs of a tile of the shuffled layout: what d_in is padded t
 LAYOUT_N = 64  # its outputs
 DECODE_TOKENS = 64
 MIDDLE_TOKENS = 1024
-_TOKEN_TILES = (8, 16, 32, 64)
-_BLOCKS = 264  # two for each of the 132 multiprocessors of an H100
-_LEAST_STEPS = 4  # of a part of the inputs: fewer leave a pipeline no time to fill
 _NEAR = 0.5  # octaves
 
 
@@ -65,7 +62,7 @@ class Tiling:
 
     def fits(self, problem: Problem) -> bool:
         """Whether steps of `tile_k` fill d_in padded to 128, and there are as many as parts."""
-        steps, left = divmod(_padded(problem.d_in, LAYOUT_K), self.tile_k)
+        steps, left = divmod(padded_inputs(problem), self.tile_k)
         return not left and self.split_k <= steps
 
 
@@ -82,12 +79,13 @@ def forced(tiling: Tiling) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(device_kind: str, problem: Problem) -> Tiling:
-    """The tiling of `problem`: the nearest entry of the device's table, else that of `heuristic`.
+def choose(device_kind: str, problem: Problem, rule: Callable[[Problem], Tiling]) -> Tiling:
+    """The tiling of `problem`: the nearest entry of the device's table, else that of the kernel's rule.
 
     Args:
         device_kind: as `jax.Device.device_kind` has it; one that has no table gets the rule.
         problem: with a known number of tokens.
+        rule: one of `rules`.
     """
     if (tiling := _forced.get()) is not None:
         return tiling
@@ -96,45 +94,19 @@ def choose(device_kind: str, problem: Problem) -> Tiling:
         for entry, tiling in _table(table_path(device_kind))
         if (distance := _distance(entry, problem)) is not None and tiling.fits(problem)
     ]
-    return min(near, key=lambda pair: pair[0])[1] if near else heuristic(problem)
+    return min(near, key=lambda pair: pair[0])[1] if near else rule(problem)
 
 
-def heuristic(problem: Problem) -> Tiling:
-    """The rule where nothing was measured: enough blocks to fill an H100, and steps long enough to be fed."""
-    tokens = _tokens(problem)
-    if tokens > MIDDLE_TOKENS:
-        return Tiling(regime="prefill", tile_m=128, tile_n=128)
-    if tokens > DECODE_TOKENS:
-        tile_m = 128 if tokens <= 128 else 256
-        return Tiling(regime="middle", tile_m=tile_m, tile_n=LAYOUT_N, tile_k=LAYOUT_K, stages=4, warpgroups=2)
-    tile_m = next(tile for tile in _TOKEN_TILES if tokens <= tile)
-    columns = -(-problem.d_out // LAYOUT_N)
-    padded = _padded(problem.d_in, LAYOUT_K)
-    wide = (512, 256, 128) if columns >= _BLOCKS else (256, 128)
-    tile_k = next(width for width in wide if padded % width == 0)
-    steps = padded // tile_k
-    split_k = min(-(-_BLOCKS // columns), max(steps // _LEAST_STEPS, 1))
-    return Tiling(tile_m=tile_m, tile_k=tile_k, stages=max(1, min(4, steps // split_k)), split_k=split_k)
+def tokens_of(problem: Problem) -> int:
+    """The tokens of `problem`, at least one; ValueError where they are not known."""
+    if problem.tokens is None:
+        raise ValueError("problem.tokens is None: a tiling depends on the number of tokens.")
+    return max(problem.tokens, 1)
 
 
-def candidates(problem: Problem) -> list[Tiling]:
-    """What a tuner tries: the rule's own tiling first, then its neighbours that fit, and the next regime."""
-    tokens = _tokens(problem)
-    first = heuristic(problem)
-    found = [first]
-    if tokens <= DECODE_TOKENS:
-        for tile_k in (128, 256, 512):
-            for split_k in (1, 2, 4, 8, 16):
-                for stages in (2, 4, 6):
-                    found.append(Tiling(tile_m=first.tile_m, tile_k=tile_k, stages=stages, split_k=split_k))
-    if DECODE_TOKENS // 2 < tokens <= 2 * MIDDLE_TOKENS:
-        for tile_m in (64, 128, 256):
-            for tile_k in (128, 256):
-                for stages in (2, 3, 4):
-                    found.append(Tiling(regime="middle", tile_m=tile_m, tile_k=tile_k, stages=stages, warpgroups=2))
-    if tokens > MIDDLE_TOKENS // 4:
-        found.append(Tiling(regime="prefill", tile_m=128, tile_n=128))
-    return [tiling for tiling in dict.fromkeys(found) if tiling.fits(problem)]
+def padded_inputs(problem: Problem) -> int:
+    """d_in as the shuffled layout pads it."""
+    return -(-problem.d_in // LAYOUT_K) * LAYOUT_K
 
 
 def token_class(tokens: int) -> int:
@@ -172,23 +144,13 @@ def record(device_kind: str, problem: Problem, tiling: Tiling, microseconds: flo
     return path
 
 
-def _tokens(problem: Problem) -> int:
-    if problem.tokens is None:
-        raise ValueError("problem.tokens is None: a tiling depends on the number of tokens.")
-    return max(problem.tokens, 1)
-
-
-def _padded(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
-
-
 def _key(problem: Problem) -> dict[str, int]:
     return {
         "bits": problem.bits,
         "group_rows": problem.group_rows,
         "d_in": problem.d_in,
         "d_out": problem.d_out,
-        "tokens": token_class(_tokens(problem)),
+        "tokens": token_class(tokens_of(problem)),
     }
 
 

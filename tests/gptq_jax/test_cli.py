@@ -10,8 +10,11 @@ import time
 from pathlib import Path
 
 import decoder_cases
+import jax
+import numpy as np
 import pytest
 from decoder_models import TEXT, byte_tokenizer
+from flax import serialization
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -129,6 +132,40 @@ def test_quantize_is_the_same_from_python(tmp_path, hf_model, text):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_flax_and_orbax_models(tmp_path, hf_model, text):
+    import orbax.checkpoint as ocp
+
+    flax = tmp_path / "flax"
+    shutil.copytree(hf_model, flax, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = load(hf_model)
+    tree = {"model": {"layers": {}}}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        name, _ = model.config.tensor_name(tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path))
+        at = tree
+        for part in name.split(".")[:-1]:
+            at = at.setdefault(part, {})
+        kind = path[-1].key
+        at["weight" if kind == "scale" else kind] = np.asarray(leaf)
+    (flax / "flax_model.msgpack").write_bytes(serialization.to_bytes(tree))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", model.params)
+    elsewhere = ("--arch-config", hf_model / "config.json")
+    expected = run("eval", hf_model, "--text", text, "--length", 32).stdout.splitlines()[-1]
+    for found, options, kind in ((flax, (), "Flax msgpack"), (tmp_path / "orbax", elsewhere, "Orbax")):
+        assert f": {kind}\n" in run("inspect", found, *options).stdout
+        result = run("eval", found, "--text", text, "--length", 32, *options)
+        assert result.stdout.splitlines()[-1] == expected, result.stderr
+        result = run("generate", found, "--prompt", "the", "--max-new-tokens", 4, *options)
+        assert result.stdout == run("generate", hf_model, "--prompt", "the", "--max-new-tokens", 4).stdout
+        out = tmp_path / f"{found.name}-float"
+        assert run("export", found, "--format", "float", "--out", out, *options).exit_code == 0
+    assert "does not say what model it is" in fails("inspect", tmp_path / "orbax")
+    assert "takes no arch_config (--arch-config)" in fails("eval", hf_model, "--text", text, *elsewhere)
+    arguments = ("--out", tmp_path / "out", "--calibration", text, *QUICK, "--method", "rtn", *elsewhere)
+    assert run("quantize", tmp_path / "orbax", *arguments).exit_code == 0
+    assert "takes no arch_config" in fails("quantize", hf_model, *arguments, "--overwrite")
+
+
 def test_a_method_of_ones_own(tmp_path, hf_model, text):
     out = tmp_path / "out"
     arguments = ("quantize", hf_model, "--out", out, "--calibration", text, *QUICK, "--skip", "mlp")
@@ -218,7 +255,7 @@ def test_models_that_cannot_be_used(tmp_path, text, hf_model, quantized):
         other.mkdir(exist_ok=True)
         (other / "config.json").write_text(json.dumps({**CONFIG, "model_type": "mamba"}))
         shutil.copy(hf_model / "model.safetensors", other)
-        assert re.search(r"'mamba' is not supported: use one of \['llama'", error(other))
+        assert re.search(r"'mamba' is not supported: use one of \['bloom'.*'llama'", error(other))
     assert "quantized already" in fails(
         *("quantize", quantized[1], "--out", tmp_path / "out", "--calibration", text, "--length", 24)
     )

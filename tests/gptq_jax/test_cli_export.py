@@ -59,7 +59,7 @@ def test_remarks_are_told(tmp_path):
     ("arguments", "error"),
     [
         (("--format", "gguf", "--out", "OUT"), "does not end in .gguf"),
-        (("--format", "gptq", "--out", "OUT", "--max-shard-size", "much"), "'much' is no size of a file"),
+        (("--format", "gptq", "--out", "OUT", "--max-shard-size", "much"), "'much' is no size"),
         (("--format", "gptq", "--out", "OUT/nowhere/x"), "nowhere does not exist"),
     ],
 )

@@ -7,12 +7,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = {
-    0: ("pallas_kernels", "gptq_jax.spec"),
+    0: ("pallas_kernels", "gptq_jax.spec", "gptq_jax.cache"),
     1: ("gptq_jax.tensor",),
     2: ("gptq_jax.grids", "gptq_jax.hessian", "gptq_jax.matmul"),
     3: ("gptq_jax.hooks",),
     4: ("gptq_jax.methods", "gptq_jax.models"),
-    5: ("gptq_jax.report", "gptq_jax.storage", "gptq_jax.calibration"),
+    5: (
+        "gptq_jax.report",
+        "gptq_jax.storage",
+        "gptq_jax.calibration",
+        "gptq_jax.statistics",
+        "gptq_jax.parallel",
+    ),
     6: (
         "gptq_jax.block",
         "gptq_jax.pipeline",
@@ -21,13 +27,14 @@ LEVELS = {
         "gptq_jax.inspection",
         "gptq_jax.terminal",
     ),
-    7: ("gptq_jax.bench", "gptq_jax.demo", "gptq_jax.cli"),
+    7: ("gptq_jax.bench", "gptq_jax.demo", "gptq_jax.planning", "gptq_jax.cli"),
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 SAME_LEVEL = {  # what may be imported beside a file on its own level: an order inside it
     "gptq_jax.spec": {"pallas_kernels"},
     "gptq_jax.pipeline": {"gptq_jax.block"},
-    "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.demo"},
+    "gptq_jax.planning": {"gptq_jax.bench"},
+    "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.demo", "gptq_jax.planning"},
 }
 FILES = sorted(file for package in ("gptq_jax", "pallas_kernels") for file in (ROOT / package).rglob("*.py"))
 

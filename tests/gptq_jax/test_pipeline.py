@@ -333,7 +333,7 @@ def test_progress_is_told(model):
 
 
 def test_the_inputs_kept_in_memory_are_bounded(model, quantized, monkeypatch):
-    monkeypatch.setattr(block_module, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(block_module, "KEPT_BYTES", 0)
     again, _ = quantize(model, BATCHES, SPEC, METHOD)
     assert min(equal_codes(again, quantized[0]).values()) >= 0.99
 

@@ -1,23 +1,15 @@
 """The whole job on a real language model, with Python's own documentation as text."""
 
-import dataclasses
-
 import jax
 import pytest
+from decoder_models import floated
 
-from gptq_jax import QuantizedTensor, QuantSpec, gptq, load, perplexity, quantize, rtn, save
+from gptq_jax import QuantSpec, gptq, load, perplexity, quantize, rtn, save
 from gptq_jax.calibration import batches, sample_windows, token_stream
 from gptq_jax.demo import python_documentation
 from gptq_jax.generate import generate
 
 pytestmark = pytest.mark.slow
-
-
-def floated(model):
-    """The same weights without packing, which a CPU multiplies faster when there are many tokens."""
-    is_packed = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
-    params = jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, model.params, is_leaf=is_packed)
-    return dataclasses.replace(model, params=params)
 
 
 def test_three_bits_keep_the_model_where_rounding_loses_it(smollm2_gguf, tmp_path):

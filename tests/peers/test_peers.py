@@ -43,14 +43,14 @@ def asymmetric(smollm2_gguf):
     return gptq_jax.quantize(loaded, [tokens], QuantSpec(bits=3, group_size=32, symmetric=False), rtn())[0]
 
 
-def answers(kind, path, tokenizer, tmp_path, *, new_tokens=NEW_TOKENS):
+def answers(kind, path, tokenizer, tmp_path):
     """Greedy continuations of PROMPTS, and the logits of TEXT, by another library."""
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     longest = max(map(len, prompts))
     np.savez(
         tmp_path / "request.npz",
         prompts=np.array([[-1] * (longest - len(ids)) + ids for ids in prompts]),
-        new_tokens=new_tokens,
+        new_tokens=NEW_TOKENS,
         tokens=text_tokens(tokenizer).astype(np.int64),
     )
     child = [sys.executable, Path(__file__).with_name("peer_child.py"), kind, path]
@@ -64,12 +64,12 @@ def text_tokens(tokenizer):
     return np.asarray(tokenizer(TEXT)["input_ids"], np.int32)[None, :64]
 
 
-def assert_agree(found, path, *, new_tokens=NEW_TOKENS):
+def assert_agree(found, path):
     ours = gptq_jax.load(path)
     logits = np.asarray(ours(text_tokens(ours.tokenizer)))
     assert np.linalg.norm(found["logits"] - logits) < 1e-2 * np.linalg.norm(logits)
     for prompt, greedy in zip(PROMPTS, found["greedy"], strict=True):
-        text = gptq_jax.generate(ours, prompt, max_new_tokens=new_tokens)
+        text = gptq_jax.generate(ours, prompt, max_new_tokens=NEW_TOKENS)
         assert ours.tokenizer.decode(greedy, skip_special_tokens=True) == text
 
 
@@ -82,17 +82,16 @@ def test_gptqmodel(model, tmp_path):
 
 def test_gptqmodel_asymmetric_in_three_bits(asymmetric, tmp_path):
     gptq_jax.export(asymmetric, tmp_path / "out", format="gptq_v2", max_shard_size="60MB")
-    found = answers("gptqmodel", tmp_path / "out", asymmetric.tokenizer, tmp_path, new_tokens=2)
+    found = answers("gptqmodel", tmp_path / "out", asymmetric.tokenizer, tmp_path)
     assert found["kernel"] == "TorchLinear"
-    assert_agree(found, tmp_path / "out", new_tokens=2)
+    assert_agree(found, tmp_path / "out")
 
 
 def test_transformers_gptq(model, tmp_path):
-    """Its kernel is GPTQModel's, so a few tokens will do."""
     gptq_jax.export(model, tmp_path / "out", format="gptq")
-    found = answers("transformers", tmp_path / "out", model.tokenizer, tmp_path, new_tokens=4)
+    found = answers("transformers", tmp_path / "out", model.tokenizer, tmp_path)
     assert found["kernel"] == "TorchLinear"
-    assert_agree(found, tmp_path / "out", new_tokens=4)
+    assert_agree(found, tmp_path / "out")
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "float"])

@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Shaped
 
 from gptq_jax.models.base import Model
+from gptq_jax.models.experts import EXPERT
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.directory import EXPORT_MARK, check_target, replacing, write_json
 from gptq_jax.storage.export.card import card
 from gptq_jax.storage.safetensors import INDEX, SINGLE
-from gptq_jax.tensor import QuantizedTensor
+from gptq_jax.tensor import QuantizedTensor, experts_of
 
 DTYPES = ("float16", "bfloat16", "float32")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -67,12 +68,12 @@ class Modules:
 
     Attributes:
         packed: module, like "model.layers.0.mlp.down_proj" -> its weight.
-        floats: tensor -> its array, and whether the checkpoint has it transposed.
+        floats: tensor -> its array (of JAX or numpy), and whether the checkpoint has it transposed.
         float_linears: modules of blocks whose weight is not packed.
     """
 
     packed: dict[str, QuantizedTensor] = field(default_factory=dict)
-    floats: dict[str, tuple[jax.Array, bool]] = field(default_factory=dict)
+    floats: dict[str, tuple[Any, bool]] = field(default_factory=dict)
     float_linears: tuple[str, ...] = ()
 
     @property
@@ -87,25 +88,36 @@ class Modules:
 
 
 def modules(model: Model) -> Modules:
-    """Sort a model's arrays.
+    """Sort a model's arrays; stacked ones of experts are taken apart.
 
     Raises:
-        ValueError: a packed weight is not one matrix.
+        ValueError: a packed weight is not one matrix, nor one of each expert.
     """
     found, linears = Modules(), []
     leaves = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor))
     for path, leaf in leaves:
         keys = tuple(entry.idx if isinstance(entry, jax.tree_util.SequenceKey) else entry.key for entry in path)
         name, transposed = model.config.tensor_name(keys)
-        if isinstance(leaf, QuantizedTensor):
-            if len(leaf.shape) != 2:
-                raise ValueError(f"{name} has shape {leaf.shape}: only matrices can be exported.")
-            found.packed[name.removesuffix(".weight")] = leaf
-        else:
-            found.floats[name] = (leaf, transposed)
-            if keys[0] == "layers" and keys[-1] == "kernel":
-                linears.append(name.removesuffix(".weight"))
+        for tensor, part in _parts(name, leaf):
+            if isinstance(part, QuantizedTensor):
+                if len(part.shape) != 2:
+                    raise ValueError(f"{tensor} has shape {part.shape}: only matrices can be exported.")
+                found.packed[tensor.removesuffix(".weight")] = part
+            else:
+                found.floats[tensor] = (part, transposed)
+                if keys[0] == "layers" and keys[-1] == "kernel":
+                    linears.append(tensor.removesuffix(".weight"))
     return Modules(packed=found.packed, floats=found.floats, float_linears=tuple(linears))
+
+
+def _parts(name: str, leaf: Any) -> Iterator[tuple[str, Any]]:
+    """What is stored of a leaf, by name: itself, or each expert's part of it."""
+    if EXPERT not in name:
+        yield name, leaf
+        return
+    parts = experts_of(leaf) if isinstance(leaf, QuantizedTensor) else np.asarray(leaf)
+    for expert, part in enumerate(parts):
+        yield name.replace(EXPERT, str(expert)), part
 
 
 def as_dtype(name: str, values: Any, dtype: str) -> Shaped[np.ndarray, "..."]:
@@ -274,7 +286,7 @@ def parse_size(size: int | str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", str(size).strip().upper())
     nbytes = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if nbytes < 1:
-        raise ValueError(f"{size!r} is no size of a file: give one like 5GB or 500MB.")
+        raise ValueError(f"{size!r} is no size: give one like 5GB or 500MB.")
     return nbytes
 
 

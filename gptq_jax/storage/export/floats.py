@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 
 from gptq_jax.models.base import Model
@@ -15,7 +16,7 @@ def plan(model: Model, dtype: str) -> Plan:
     def tensors() -> Iterator[Named]:
         yield from found.float_tensors(dtype)
         for name, tensor in found.packed.items():
-            yield f"{name}.weight", as_dtype(name, tensor.dequantize().T, dtype)
+            yield f"{name}.weight", as_dtype(name, jax.tree.map(jnp.asarray, tensor).dequantize().T, dtype)
 
     weights = sum(tensor.d_in * tensor.d_out for tensor in found.packed.values())
     return Plan(tensors, None, (found.float_count + weights) * jnp.dtype(dtype).itemsize)

@@ -18,7 +18,8 @@ from gptq_jax.storage.export.base import Modules, Options, as_dtype, modules, re
 from gptq_jax.storage.export.gguf_blocks import BlockType, block_type, encode
 from gptq_jax.storage.export.gguf_metadata import llama_metadata
 from gptq_jax.storage.export.gguf_tokenizer import tokenizer_metadata
-from gptq_jax.storage.gguf import BLOCK, OUTER, ROPE_DIVISORS
+from gptq_jax.storage.gguf_config import DIVISORS
+from gptq_jax.storage.gguf_families import BLOCK, OUTER
 from gptq_jax.storage.gguf_header import MAGIC
 
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -55,6 +56,8 @@ def write_gguf(model: Model, path: str | PathLike[str], options: Options) -> tup
     check_file(path, overwrite=options.overwrite)
     if not isinstance(model.config, DecoderConfig):
         raise ValueError(f"{type(model.config).__name__} has no counterpart in GGUF.")
+    if model.config.experts is not None:
+        raise ValueError("models with experts cannot be written as GGUF: use --format gptq or compressed-tensors.")
     found = modules(model)
     remarks = _remarks(found, types := _block_types(found))
     metadata, divisors = llama_metadata(model.config)
@@ -140,7 +143,7 @@ def _entries(
         return neighbour_rotation_order(values, heads[projection]) if projection in heads else values
 
     if divisors is not None:
-        yield Entry(ROPE_DIVISORS, divisors.shape, "F32", lambda: divisors)
+        yield Entry(DIVISORS, divisors.shape, "F32", lambda: divisors)
     for name, (leaf, transposed) in found.floats.items():
         stored = dtype if leaf.ndim == 2 else "float32"
 

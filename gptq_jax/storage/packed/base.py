@@ -1,7 +1,7 @@
 """What a packed format is: how its config is read, which tensors a module has, and what they mean."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float, Int32, Shaped, UInt8, UInt32
@@ -32,7 +32,7 @@ class Stored:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleGrid:
-    """All of a packed module but its codes.
+    """All of a packed module but its codes; or of the same module of all experts, in arrays that are stacked.
 
     Attributes:
         spec: of the grid; symmetric only where the zero points stored are the middle code.
@@ -43,9 +43,9 @@ class ModuleGrid:
     """
 
     spec: QuantSpec
-    scales: Float[np.ndarray, "groups d_out"]
-    zeros: UInt8[np.ndarray, "groups d_out"] | None
-    group_of_row: Int32[np.ndarray, "d_in"] | None
+    scales: Float[np.ndarray, "*experts groups d_out"]
+    zeros: UInt8[np.ndarray, "*experts groups d_out"] | None
+    group_of_row: Int32[np.ndarray, "*experts d_in"] | None
     notes: tuple[str, ...] = ()
 
 
@@ -124,6 +124,43 @@ def module_grid(
     )
 
 
+def stack_grids(grids: Sequence[ModuleGrid], d_in: int) -> ModuleGrid:
+    """The grids of one module of all experts as one.
+
+    Args:
+        grids: in the order of the experts.
+        d_in: inputs.
+
+    Raises:
+        ValueError: experts differ in bits, group size, or the dtype of scales.
+    """
+    specs = {(grid.spec.bits, grid.spec.group_size, grid.scales.dtype.name) for grid in grids}
+    if len(specs) > 1:
+        shown = " and ".join(f"{bits} bits in groups of {size} ({dtype})" for bits, size, dtype in sorted(specs))
+        raise ValueError(f"experts have different grids, {shown}: they run as one only where these are the same")
+    symmetric = all(grid.spec.symmetric for grid in grids)
+    ordered = any(grid.group_of_row is not None for grid in grids)
+    spec = replace(grids[0].spec, symmetric=symmetric)
+    return ModuleGrid(
+        spec=spec,
+        scales=np.stack([grid.scales for grid in grids]),
+        zeros=None if symmetric else np.stack([_zeros(grid) for grid in grids]),
+        group_of_row=np.stack([_groups(grid, spec, d_in) for grid in grids]) if ordered else None,
+    )
+
+
+def _zeros(grid: ModuleGrid) -> UInt8[np.ndarray, "groups d_out"]:
+    return np.full(grid.scales.shape, 2 ** (grid.spec.bits - 1), np.uint8) if grid.zeros is None else grid.zeros
+
+
+def _groups(grid: ModuleGrid, spec: QuantSpec, d_in: int) -> Int32[np.ndarray, "d_in"]:
+    return _in_order(spec, d_in) if grid.group_of_row is None else grid.group_of_row
+
+
+def _in_order(spec: QuantSpec, d_in: int) -> Int32[np.ndarray, "d_in"]:
+    return np.arange(d_in, dtype=np.int32) // np.int32(spec.group_rows(d_in))
+
+
 def _check_groups(
     spec: QuantSpec, d_in: int, stored: Shaped[np.ndarray, "d_in"] | None
 ) -> tuple[Int32[np.ndarray, "d_in"] | None, tuple[str, ...]]:
@@ -173,4 +210,4 @@ def row_groups(tensor: QuantizedTensor) -> Int32[np.ndarray, "d_in"]:
     """The group of each input."""
     if tensor.group_of_row is not None:
         return np.asarray(tensor.group_of_row, np.int32)
-    return np.arange(tensor.d_in, dtype=np.int32) // np.int32(tensor.spec.group_rows(tensor.d_in))
+    return _in_order(tensor.spec, tensor.d_in)

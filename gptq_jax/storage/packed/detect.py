@@ -7,9 +7,10 @@ from typing import Any
 
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.fields import shown
+from gptq_jax.storage.hf_directory import read_json
 from gptq_jax.storage.packed import awq, compressed_tensors_config, gptq_config
 from gptq_jax.storage.packed.base import PackedFormat
-from gptq_jax.storage.safetensors import SafetensorsDirectory, read_json
+from gptq_jax.storage.safetensors import SafetensorsDirectory
 
 PACKED_KEYS = ("quantization_config", "compression_config")  # of config.json
 FORMATS: Mapping[str, Callable[[Mapping[str, Any], Path, str], PackedFormat]] = {

@@ -11,9 +11,18 @@ import numpy as np
 from gptq_jax.models.base import Architecture
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.fields import raise_problems
-from gptq_jax.storage.packed.base import ModuleGrid, PackedFormat, Stored
+from gptq_jax.storage.packed.base import ModuleGrid, PackedFormat, Stored, stack_grids
 from gptq_jax.storage.packed.detect import PackedCheckpoint
-from gptq_jax.storage.parameters import MISFIT, Leaf, float_problems, leaves_of, left_over_problems, put, read_float
+from gptq_jax.storage.parameters import (
+    MISFIT,
+    Leaf,
+    float_problems,
+    leaves_of,
+    left_over_problems,
+    put,
+    read_float,
+    stored_parts,
+)
 from gptq_jax.storage.safetensors import STORED_DTYPES, SafetensorsDirectory
 from gptq_jax.storage.sharding import Placement, one_device
 from gptq_jax.tensor import QuantizedTensor
@@ -64,13 +73,13 @@ def read_packed_params(
         if grid is None:
             arrays.append(put(read_float(source, leaf, dtype), leaf.path, placement))
             continue
-        words = fmt.read_codes(source.packed(f"{module_of(leaf)}.{fmt.codes}"), grid.spec, *leaf.shape)
+        words = _read_codes(source, fmt, leaf, grid.spec)
         fields = {"codes": words, "scales": grid.scales, "zeros": grid.zeros, "group_of_row": grid.group_of_row}
         placed: dict[str, Any] = {
             name: None if array is None else put(array, f"{leaf.path}.{name}", placement)
             for name, array in fields.items()
         }
-        arrays.append(QuantizedTensor(**placed, spec=grid.spec, d_in=leaf.shape[0]))
+        arrays.append(QuantizedTensor(**placed, spec=grid.spec, d_in=leaf.shape[-2]))
     return jax.tree_util.tree_unflatten(plan.structure, arrays)
 
 
@@ -89,13 +98,13 @@ def describe_packed(checkpoint: PackedCheckpoint, architecture: Architecture) ->
         if grid is None:
             shapes.append(jax.ShapeDtypeStruct(leaf.shape, jnp.float32))
             continue
-        d_in, d_out = leaf.shape
+        *stack, d_in, d_out = leaf.shape
         fields = {"scales": grid.scales, "zeros": grid.zeros, "group_of_row": grid.group_of_row}
         abstract: dict[str, Any] = {
             name: None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype)
             for name, array in fields.items()
         }
-        abstract["codes"] = jax.ShapeDtypeStruct((packed_words(d_in, grid.spec.bits), d_out), jnp.uint32)
+        abstract["codes"] = jax.ShapeDtypeStruct((*stack, packed_words(d_in, grid.spec.bits), d_out), jnp.uint32)
         shapes.append(QuantizedTensor(**abstract, spec=grid.spec, d_in=d_in))
     return jax.tree_util.tree_unflatten(plan.structure, shapes), plan.notes
 
@@ -112,8 +121,8 @@ def make_plan(checkpoint: PackedCheckpoint, architecture: Architecture) -> Plan:
     stored = set(source.names())
     packed: list[Leaf] = []
     floats: list[Leaf] = []
-    for leaf in leaves:
-        (packed if leaf.transposed and _is_packed(stored, leaf, fmt) else floats).append(leaf)
+    for leaf in stored_parts(leaves):
+        (packed if leaf.is_kernel and _is_packed(stored, leaf, fmt) else floats).append(leaf)
     problems = float_problems(source, floats)
     problems += [
         f"{leaf.tensor} is {source.dtype(leaf.tensor)}, not a float weight ({', '.join(STORED_DTYPES)})"
@@ -131,19 +140,21 @@ def make_plan(checkpoint: PackedCheckpoint, architecture: Architecture) -> Plan:
     problems += left_over_problems(source, used | dropped)
     raise_problems(source.path, problems, MISFIT)
 
-    grids: dict[str, ModuleGrid] = {}
+    found_grids: dict[str, ModuleGrid] = {}  # by module
     remarks: dict[str, list[str]] = defaultdict(list)
     for leaf in packed:
         module = module_of(leaf)
         try:
-            grids[leaf.path] = _read_grid(source, fmt, leaf)
+            found_grids[module] = _read_grid(source, fmt, leaf)
         except ValueError as error:
             problems.append(f"{module}: {error}")
             continue
-        for note in grids[leaf.path].notes:
+        for note in found_grids[module].notes:
             remarks[note].append(module)
     raise_problems(source.path, problems, MISFIT)
-    if kept := [module_of(leaf) for leaf in floats if leaf.transposed and fmt.spec_of(module_of(leaf)) is not None]:
+    grids, problems = _join(leaves, found_grids)
+    raise_problems(source.path, problems, MISFIT)
+    if kept := [module_of(leaf) for leaf in floats if leaf.is_kernel and fmt.spec_of(module_of(leaf)) is not None]:
         kept = [module for module in kept if module != _HEAD]
         if kept:
             remarks["stored as float though the config does not leave it so"] += kept
@@ -154,6 +165,35 @@ def make_plan(checkpoint: PackedCheckpoint, architecture: Architecture) -> Plan:
         notes.append("the output head (lm_head) is quantized")
     notes += [_summary(note, modules) for note, modules in remarks.items()]
     return Plan(leaves, structure, grids, notes)
+
+
+def _join(leaves: list[Leaf], found: dict[str, ModuleGrid]) -> tuple[dict[str, ModuleGrid], list[str]]:
+    """The grids of kernels by path, those of experts stacked, and what keeps experts from being stacked."""
+    grids: dict[str, ModuleGrid] = {}
+    problems = []
+    for leaf in leaves:
+        modules = [module_of(part) for part in leaf.parts]
+        own = [found[module] for module in modules if module in found]
+        if own and len(own) < len(modules):
+            lacking = next(module for module in modules if module not in found)
+            problems.append(f"{lacking} is float, but other experts of its layer are packed")
+        elif own:
+            try:
+                grids[leaf.path] = stack_grids(own, leaf.shape[-2]) if leaf.stacked else own[0]
+            except ValueError as error:
+                problems.append(f"{module_of(leaf)}: {error}")
+    return grids, problems
+
+
+def _read_codes(source: SafetensorsDirectory, fmt: PackedFormat, leaf: Leaf, spec: QuantSpec) -> Any:
+    """The codes of a kernel as `QuantizedTensor` has them."""
+    if not leaf.stacked:
+        return fmt.read_codes(source.packed(f"{module_of(leaf)}.{fmt.codes}"), spec, *leaf.shape)
+    experts, d_in, d_out = leaf.shape
+    stack = np.empty((experts, packed_words(d_in, spec.bits), d_out), np.uint32)
+    for place, part in zip(stack, leaf.parts, strict=True):
+        place[...] = _read_codes(source, fmt, part, spec)
+    return stack
 
 
 def _is_packed(stored: set[str], leaf: Leaf, fmt: PackedFormat) -> bool:

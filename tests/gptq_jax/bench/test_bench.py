@@ -17,7 +17,7 @@ from gptq_jax.models.decoder import DecoderConfig
 from gptq_jax.models.prepared import prepare
 from gptq_jax.spec import QuantSpec
 from pallas_kernels import api
-from pallas_kernels.mosaic_gpu import tuning
+from pallas_kernels.mosaic_gpu import rules, tuning
 from pallas_kernels.weight import check_weight
 
 TINY = DecoderConfig(
@@ -167,22 +167,25 @@ def test_tuning_writes_the_fastest_that_is_right(monkeypatch, tmp_path):
     monkeypatch.setenv("PALLAS_KERNELS_TUNED", str(tmp_path))
     reference = api.IMPLEMENTATIONS["reference"]
     tilings = [tuning.Tiling(stages=stages) for stages in (4, 3, 2, 1)]
-    monkeypatch.setattr(tuning, "candidates", lambda problem: tilings)
+    rule = rules.Rule(lambda problem: tilings[0], lambda problem: tilings)
+    monkeypatch.setitem(rules.RULES, "mosaic_ampere", rule)
     problem = kernels.describe(kernels.random_weight(jax.random.key(0), 256, 64, group_size=32), 3, "float32")
 
     def run(x, weight):
-        stages = tuning.choose("", problem).stages
+        stages = tuning.choose("", problem, rule.choose).stages
         if stages == 2:
             raise ValueError("too much shared memory")
         return reference.run(x, weight) * (2 if stages == 1 else 1)
 
-    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"mosaic_hopper": reference._replace(run=run)})
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"mosaic_ampere": reference._replace(run=run)})
     times = {4: 5e-6, 3: 2e-6}
-    monkeypatch.setattr(kernels, "seconds_each", lambda *args, **kwargs: times[tuning.choose("", problem).stages])
+    monkeypatch.setattr(
+        kernels, "seconds_each", lambda *args, **kwargs: times[tuning.choose("", problem, rule.choose).stages]
+    )
     row = kernels.tune(256, 64, 3, YARDSTICK, group_size=32)
     assert (row["us"], row["rule_us"]) == (pytest.approx(2), pytest.approx(5))
     assert len(row["failures"]) == 2
-    assert tuning.choose("cpu", problem) == tilings[1]
+    assert tuning.choose("cpu", problem, rule.choose) == tilings[1]
     assert json.loads((tmp_path / "cpu.json").read_text())["entries"][0]["tokens"] == 8
 
 

@@ -28,7 +28,7 @@ def test_defaults_are_those_of_transformers():
     least = {name: TINY[name] for name in needed} | {"hidden_size": 64, "num_attention_heads": 8}
     llama = architecture_from_config({"model_type": "llama", **least})
     assert (llama.num_kv_heads, llama.head_dim, llama.context_length) == (8, 8, 2048)
-    assert (llama.sliding_window, llama.tie_embeddings, llama.rms_norm_eps) == (None, False, 1e-6)
+    assert (llama.sliding_window, llama.tie_embeddings, llama.norm_eps) == (None, False, 1e-6)
     assert llama.rope == Rope(theta=10000.0)
     mistral = architecture_from_config({"model_type": "mistral", **least, "num_attention_heads": 16})
     assert (mistral.num_kv_heads, mistral.context_length, mistral.sliding_window) == (8, 131072, 4096)
@@ -44,10 +44,11 @@ def test_a_family_ignores_what_transformers_ignores():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({**TINY, "model_type": "bert"}, r"'bert' is not supported: use one of \['llama', 'mistral'\]"),
+        ({**TINY, "model_type": "bert"}, r"'bert' is not supported: use one of \['bloom', .*'llama', 'mistral', "),
         (without(TINY, "model_type"), "'None' is not supported"),
         (without(TINY, "vocab_size", "hidden_size"), "lacks vocab_size, hidden_size"),
-        ({**TINY, "rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+        ({**TINY, "rope_parameters": {"rope_type": "dynamic"}}, "rope type 'dynamic' is not supported"),
+        ({**TINY, "rope_parameters": {"rope_type": "longrope"}}, "'longrope' needs short_factor, long_factor"),
         ({**TINY, "rope_parameters": {"rope_type": "linear"}}, "'linear' needs factor"),
         ({**TINY, "partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({**TINY, "hidden_act": "mish"}, "hidden_act='mish'"),

@@ -1,6 +1,7 @@
 """`mosaic_ampere`, interpreted: everything but the instructions that unpack, multiply and copy."""
 
 import importlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import packed_weights
 import pytest
 
-from pallas_kernels.mosaic_gpu import compat
+from pallas_kernels.mosaic_gpu import compat, rules, tuning
 from pallas_kernels.mosaic_gpu.layout import ShuffledWeight
 from pallas_kernels.mosaic_gpu.tuning import MIDDLE_TOKENS, Tiling
 from pallas_kernels.weight import PackedWeight, Problem, describe
@@ -88,6 +89,24 @@ def test_tilings(tiling: Tiling) -> None:
     assert_product(case, 20, "bfloat16", tiling)
 
 
+def test_a_measured_tiling_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PALLAS_KERNELS_TUNED", str(tmp_path))
+    case = packed_weights.make(1024, 70, group_size=128)
+    x, weight = jnp.ones((3, 1024), jnp.bfloat16), ampere.prepare(packed(case), jnp.bfloat16)
+    measured = Tiling(tile_m=16, tile_k=512, stages=2, split_k=2)
+    assert rules.ampere(weight.problem(x)) != measured
+    tuning.record(compat.device_kind(), weight.problem(x), measured, 7.5)
+    taken = []
+
+    def matmul(x: jax.Array, weight: ShuffledWeight, tiling: Tiling) -> jax.Array:
+        taken.append(tiling)
+        return jnp.zeros((3, 70), x.dtype)
+
+    monkeypatch.setattr(ampere, "matmul", matmul)
+    ampere.run(x, weight)
+    assert taken == [measured]
+
+
 def test_many_tokens_take_the_whole_weight() -> None:
     """Its weight is rounded to the dtype of `x`, which alone is within eps of each term."""
     case = packed_weights.make(256, 72, group_size=128, symmetric=False)
@@ -143,23 +162,3 @@ def test_declines_groups_of_other_sizes() -> None:
 def test_takes_what_it_can_interpret() -> None:
     with compat.interpret():
         ampere.check(problem())
-
-
-# How the product is cut up
-
-
-@pytest.mark.parametrize("tokens", [1, 9, 17, 33, 65, 1000])
-@pytest.mark.parametrize("group_rows", [32, 64, 128, 8192])
-@pytest.mark.parametrize(("d_in", "d_out"), [(8192, 8192), (128, 64), (576, 49152), (11008, 4096)])
-def test_rule(tokens: int, group_rows: int, d_in: int, d_out: int) -> None:
-    weight = ShuffledWeight(
-        planes=(), scales=None, zeros=None, permutation=None, bits=4, group_rows=group_rows, d_in=d_in, d_out=d_out
-    )
-    tiling = ampere.choose(tokens, weight)
-    steps, left = divmod(weight.k_padded, tiling.tile_k)
-    assert left == 0
-    assert tiling.split_k * tiling.stages <= steps or tiling.split_k == 1
-    assert tiling.tile_m >= min(tokens, 32)
-    # Shared memory of a block of the smallest cards of this capability, 99 KB.
-    words = tiling.tile_n * tiling.tile_k  # of 8 bits, a byte each
-    assert tiling.stages * (2 * tiling.tile_m * tiling.tile_k + words) <= 99 * 1024

@@ -1,13 +1,12 @@
-"""The choice of tilings: a table where there is one, else a rule that fits every shape."""
+"""The choice of tilings: a table where there is one, else the rule."""
 
-import itertools
 import json
 from dataclasses import replace
 
 import pytest
 
-from pallas_kernels.mosaic_gpu import tuning
-from pallas_kernels.mosaic_gpu.tuning import Tiling, candidates, choose, forced, heuristic, record, table_path
+from pallas_kernels.mosaic_gpu import rules, tuning
+from pallas_kernels.mosaic_gpu.tuning import Tiling, forced, record, table_path
 from pallas_kernels.weight import Problem
 
 CARD = "NVIDIA H100 80GB HBM3"
@@ -22,8 +21,6 @@ PROBLEM = Problem(
     permuted=False,
     platform="gpu",
 )
-SIZES = (1, 64, 192, 576, 1536, 4096, 11008, 28672)
-TOKENS = (1, 3, 8, 17, 64, 65, 130, 1024, 1025, 8192)
 MEASURED = Tiling(tile_m=16, tile_k=512, stages=6, split_k=2)
 
 
@@ -33,48 +30,25 @@ def directory(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_the_rule_covers_every_shape(tokens):
-    for d_in, d_out in itertools.product(SIZES, SIZES):
-        tiling = heuristic(replace(PROBLEM, tokens=tokens, d_in=d_in, d_out=d_out))
-        padded = -(-d_in // 128) * 128
-        assert padded % tiling.tile_k == 0
-        assert 1 <= tiling.split_k <= padded // tiling.tile_k
-        assert tiling.regime == ("decode" if tokens <= 64 else "middle" if tokens <= 1024 else "prefill")
-        if tiling.regime == "decode":
-            assert tiling.tile_m >= tokens
-            blocks = -(-d_out // 64) * tiling.split_k
-            # Enough blocks for the card, unless its parts would be shorter than four steps.
-            assert blocks >= 264 or padded // tiling.tile_k < 4 * (tiling.split_k + 1)
-
-
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_candidates_fit_begin_with_the_rule_and_are_all_different(tokens):
-    problem = replace(PROBLEM, tokens=tokens, d_in=576)
-    found = candidates(problem)
-    assert found[0] == heuristic(problem)
-    assert len(set(found)) == len(found)
-    assert all(640 % tiling.tile_k == 0 and tiling.split_k <= 640 // tiling.tile_k for tiling in found)
-    regimes = {tiling.regime for tiling in found}
-    if tokens in (64, 65):
-        assert regimes == ({"decode", "middle"} if tokens == 64 else {"middle"})
+def choose(card, problem):
+    return tuning.choose(card, problem, rules.hopper)
 
 
 def test_a_measured_tiling_serves_its_shape_and_those_near_it():
-    assert choose(CARD, PROBLEM) == heuristic(PROBLEM)
+    assert choose(CARD, PROBLEM) == rules.hopper(PROBLEM)
     record(CARD, PROBLEM, MEASURED, 7.5, jax="0.0")
     for near in ({}, {"tokens": 9}, {"d_out": 12288}, {"x_dtype": "float16"}, {"zeros": "float32"}):
         assert choose(CARD, replace(PROBLEM, **near)) == MEASURED
     for far in ({"tokens": 17}, {"tokens": 8}, {"d_out": 4096}, {"bits": 8}, {"group_rows": 64}):
         other = replace(PROBLEM, **far)
-        assert choose(CARD, other) == heuristic(other)
-    assert choose("NVIDIA H200", PROBLEM) == heuristic(PROBLEM)
+        assert choose(CARD, other) == rules.hopper(other)
+    assert choose("NVIDIA H200", PROBLEM) == rules.hopper(PROBLEM)
 
 
 def test_a_near_tiling_that_does_not_fit_is_left():
     record(CARD, PROBLEM, MEASURED, 7.5)
     other = replace(PROBLEM, d_in=4096 + 128)  # 33 tiles of 128: no steps of 512
-    assert choose(CARD, other) == heuristic(other)
+    assert choose(CARD, other) == rules.hopper(other)
 
 
 def test_the_nearest_entry_and_the_last_measurement_win():
@@ -93,13 +67,13 @@ def test_whole_columns_are_one_class():
     column = replace(PROBLEM, group_rows=4096)
     record(CARD, column, MEASURED, 7.5)
     assert choose(CARD, replace(column, d_in=5120, group_rows=5120)) == MEASURED
-    assert choose(CARD, replace(column, d_in=5120)) == heuristic(replace(column, d_in=5120))
+    assert choose(CARD, replace(column, d_in=5120)) == rules.hopper(replace(column, d_in=5120))
 
 
 def test_forced_while_tracing():
     with forced(MEASURED):
         assert choose(CARD, replace(PROBLEM, tokens=3000)) == MEASURED
-    assert choose(CARD, PROBLEM) == heuristic(PROBLEM)
+    assert choose(CARD, PROBLEM) == rules.hopper(PROBLEM)
 
 
 def test_the_table_is_named_after_the_device(directory):

@@ -120,7 +120,7 @@ def test_what_cannot_be_asked_for(tmp_path, model):
     with pytest.raises(ValueError, match="dtype='int8' is not supported: use float16, bfloat16, float32"):
         export(model, tmp_path / "out", format="gptq", dtype="int8")
     for size in ("5 apples", "0", "-3", "", "GB", 0):
-        with pytest.raises(ValueError, match="is no size of a file: give one like 5GB or 500MB"):
+        with pytest.raises(ValueError, match="is no size: give one like 5GB or 500MB"):
             export(model, tmp_path / "out", format="gptq", max_shard_size=size)
     assert os.listdir(tmp_path) == []
 

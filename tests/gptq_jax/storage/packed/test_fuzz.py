@@ -5,39 +5,17 @@ all, most of them in the slow suite.
 """
 
 import json
-import os
 import random
-import signal
-import sys
-import tracemalloc
-from contextlib import contextmanager, suppress
-from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from damaged import accepts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_checkpoints import MODULES, make
 from safetensors.numpy import save
 
-from gptq_jax import CheckpointError, QuantizedTensor, load
-from gptq_jax.inspection import inspect_model
-from gptq_jax.tensor import validate
-
 INDEX = "model.safetensors.index.json"
-SECONDS = 60  # a pause of the machine is no hang
-SLACK = 16 * 2**20  # bytes for the interpreter's own objects
-OPENED: list[str] = []
-_watching = False
-
-
-def _audit(event, arguments):
-    if _watching and event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
-        OPENED.append(os.fsdecode(arguments[0]))
-
-
-sys.addaudithook(_audit)
 
 
 def files_of(form, *, sharded):
@@ -66,58 +44,6 @@ CHECKPOINTS = {
     "compressed-tensors": files_of("compressed-tensors", sharded=False),
     "awq": files_of("awq", sharded=False),
 }
-
-
-@contextmanager
-def within_bounds(directory, size):
-    """A time limit, a limit on what is allocated, and no file opened outside of `directory`."""
-    global _watching
-
-    def stop(*_):
-        raise TimeoutError(f"not done after {SECONDS} s")
-
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
-    OPENED.clear()
-    tracemalloc.start()
-    _watching = True
-    try:
-        yield
-    finally:
-        _watching = False
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
-    assert peak < 4 * size + SLACK, f"{peak} bytes allocated for {size} on disk"
-    data = [path for path in OPENED if path.endswith((".json", ".safetensors")) and "site-packages" not in path]
-    outside = [path for path in data if Path(path).resolve().parent != directory.resolve()]
-    assert not outside
-
-
-def check(directory, files):
-    """Load a directory of these files; whether it was accepted."""
-    for old in directory.iterdir():
-        old.unlink()
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
-    size = sum(map(len, files.values()))
-    try:
-        with within_bounds(directory, size):
-            model = load(directory)
-    except CheckpointError as error:
-        text = str(error)
-        assert text.startswith(str(directory)), text
-        assert len(text) < 5000, text
-        with suppress(CheckpointError):  # it does not read weights, so it may find nothing wrong
-            inspect_model(str(directory))
-        return False
-    for leaf in jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)):
-        if isinstance(leaf, QuantizedTensor):
-            validate(leaf)
-        else:
-            assert np.isfinite(np.asarray(leaf)).all()
-    return True
 
 
 def json_part(name, content):
@@ -226,7 +152,7 @@ def fuzz_bytes(directory, seeds):
         name = rng.choice(sorted(files))
         files[name] = mutate_bytes(rng, name, files[name])
         try:
-            accepted += check(directory, files)
+            accepted += accepts(directory, files)
         except BaseException as error:
             error.add_note(f"seed {seed}, {name}")
             raise
@@ -243,14 +169,14 @@ def fuzz_json(directory, examples):
     )
     @given(changed_json())
     def every(files):
-        check(directory, files)
+        accepts(directory, files)
 
     every()
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_undamaged(tmp_path, name):
-    assert check(tmp_path, CHECKPOINTS[name])
+    assert accepts(tmp_path, CHECKPOINTS[name])
 
 
 def test_bytes(tmp_path):

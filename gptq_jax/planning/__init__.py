@@ -1,0 +1,1 @@
+"""What quantizing and running a model will take, from its config alone: bytes, devices, time."""
