@@ -262,7 +262,8 @@ def _solve(
             )
 
 
-def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> QuantizedTensor | Solution:
+def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> Any:
+    """What the method answers, not checked yet."""
     solve = with_hessian(task.method).solve
     if not isinstance(stats, ExpertStats):
         return _jit(solve, static=2)(weight, stats, spec)

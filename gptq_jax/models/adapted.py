@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core import unfreeze
 
 from gptq_jax.hooks.evaluate import dense, evaluate, hold, results
 from gptq_jax.hooks.layout import Layout
@@ -180,7 +181,7 @@ def adapt(
     if isinstance(module, nn.Module):
         if params is None:
             raise ValueError("params is missing: pass what module.init(...) returned.")
-        variables = params if "params" in params else {"params": params}
+        variables = unfreeze(params if "params" in params else {"params": params})
         function = LinenFunction(module)
         state: Any
         params, state = variables["params"], {name: tree for name, tree in variables.items() if name != "params"}

@@ -121,12 +121,15 @@ def test_a_supplied_decoder_adapted_gets_the_same_codes():
             from gptq_jax.hooks.nnx import bind
 
             self.embed = bind(config.abstract_embed(), params["embed"])
-            self.layers = nnx.List([bind(config.abstract_block("decoder"), block) for block in params["layers"]])
+            self.layers = nnx.List(
+                [bind(config.abstract_block(config.layer_kind(0)), block) for block in params["layers"]]
+            )
 
         def __call__(self, tokens):
-            x = self.embed(tokens)
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+            x = self.embed(tokens, positions)
             for layer in self.layers:
-                x, _ = layer(x, jnp.arange(x.shape[1], dtype=jnp.int32)[None], None, None)
+                x, _ = layer(x, positions, None, None)
             return x
 
     adapted = adapt(Decoder(model.config, model.params), blocks="layers")
