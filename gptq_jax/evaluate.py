@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from gptq_jax.models.adapted import AdaptedModel
 from gptq_jax.models.base import (
     Architecture,
+    Headed,
     Model,
     Params,
     apply_head,
@@ -22,6 +24,7 @@ from gptq_jax.models.base import (
     head_params,
     run_block,
 )
+from gptq_jax.models.logits import logits, logits_config
 from gptq_jax.parallel import DataParallel, choose_devices, is_cut, make_mesh
 
 _LOGITS_AT_ONCE = 2**24  # elements: 64 MB in float32
@@ -45,7 +48,7 @@ class Comparison:
 
 
 def perplexity(
-    model: Model,
+    model: Model | AdaptedModel,
     text_or_tokens: str | Any,
     *,
     length: int = 2048,
@@ -60,7 +63,7 @@ def perplexity(
     window all tokens but the first are predicted: exp of the mean negative log-likelihood over all of those.
 
     Args:
-        model: float or quantized.
+        model: float or quantized; of a module of one's own, one that is called with tokens alone.
         text_or_tokens: a text, which needs the model's tokenizer, or tokens [time].
         length: tokens in a window.
         batch_size: windows run at once on each device; changes speed and memory only, as the next two do.
@@ -75,19 +78,20 @@ def perplexity(
             are not finite, an unknown `parallel`, or devices that there are not.
     """
     where = data_parallel(parallel, devices, model.params)
-    windows = _windows(model, text_or_tokens, length, batch_size)
+    config = _config(model, length)
+    windows = _windows(model, config, text_or_tokens, length, batch_size)
     model = replace(model, params=where.replicate(model.params))
     losses = []
     for batch, real in _batches(windows, batch_size, where, progress, "perplexity"):
         x = _hidden_states(where, model, batch)
-        params = head_params(model.config, model.params)
-        losses.append(where.gather(where.run(_losses, model.config, params=params, batches=(x, batch)))[:real])
+        params = _head_params(config, model)
+        losses.append(where.gather(where.run(_losses, config, params=params, batches=(x, batch)))[:real])
     return math.exp(_mean(np.concatenate(losses), "the model's logits"))
 
 
 def compare(
-    model: Model,
-    other: Model,
+    model: Model | AdaptedModel,
+    other: Model | AdaptedModel,
     text_or_tokens: str | Any,
     *,
     length: int = 2048,
@@ -108,17 +112,17 @@ def compare(
     Raises:
         ValueError: as for `perplexity`, or the vocabularies differ in size.
     """
-    if model.config.vocab_size != other.config.vocab_size:
+    configs = _config(model, length), _config(other, length)
+    if len({config.vocab_size for config in configs}) > 1:
         raise ValueError(
-            f"the models' vocabularies hold {model.config.vocab_size} and {other.config.vocab_size} tokens: "
+            f"the models' vocabularies hold {configs[0].vocab_size} and {configs[1].vocab_size} tokens: "
             "only models with the same vocabulary can be compared."
         )
     where = data_parallel(parallel, devices, (model.params, other.params))
-    windows = _windows(model, text_or_tokens, length, batch_size)
-    _check_length(other, length)
+    windows = _windows(model, configs[0], text_or_tokens, length, batch_size)
+    _check_length(configs[1], length)
     model, other = (replace(each, params=where.replicate(each.params)) for each in (model, other))
-    configs = (model.config, other.config)
-    params = tuple(head_params(each.config, each.params) for each in (model, other))
+    params = tuple(_head_params(config, each) for config, each in zip(configs, (model, other), strict=True))
     rows = []
     for batch, real in _batches(windows, batch_size, where, progress, "comparison"):
         streams = [_hidden_states(where, each, batch) for each in (model, other)]
@@ -139,8 +143,20 @@ def data_parallel(parallel: str, devices: int | Sequence[jax.Device] | None, par
     return DataParallel(None if stays else make_mesh(choose_devices(devices)), parallel)
 
 
-def _hidden_states(where: DataParallel, model: Model, tokens: Int32[Array, "..."]) -> Float[Array, "..."]:
-    """The residual stream after the last block, each device its rows."""
+def _config(model: Model | AdaptedModel, length: int) -> Any:
+    return logits_config(model, length) if isinstance(model, AdaptedModel) else model.config
+
+
+def _head_params(config: Any, model: Model | AdaptedModel) -> Params:
+    return {} if isinstance(model, AdaptedModel) else head_params(config, model.params)
+
+
+def _hidden_states(
+    where: DataParallel, model: Model | AdaptedModel, tokens: Int32[Array, "..."]
+) -> Float[Array, "..."]:
+    """What the head takes: the residual stream after the last block, or a module's logits; each device its rows."""
+    if isinstance(model, AdaptedModel):
+        return where.run(logits, params=model, batches=(tokens,))
     config = model.config
     x = where.run(_embed, config, params=model.params["embed"], batches=(tokens,))
     for index, block_params in enumerate(model.params["layers"]):
@@ -160,12 +176,14 @@ def _block(
     return run_block(config, kind, params, x)[0]
 
 
-def _windows(model: Model, text_or_tokens: str | Any, length: int, batch_size: int) -> Int32[np.ndarray, "n length"]:
+def _windows(
+    model: Model | AdaptedModel, config: Any, text_or_tokens: str | Any, length: int, batch_size: int
+) -> Int32[np.ndarray, "n length"]:
     if length < 2:
         raise ValueError(f"length={length} must be at least 2: a window predicts each token but its first.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    _check_length(model, length)
+    _check_length(config, length)
     tokens = text_or_tokens
     if isinstance(tokens, str):
         if model.tokenizer is None:
@@ -177,12 +195,12 @@ def _windows(model: Model, text_or_tokens: str | Any, length: int, batch_size: i
     count = tokens.size // length
     if not count:
         raise ValueError(f"the text has {tokens.size} tokens, less than one window: use a longer text or length.")
-    return np.asarray(check_tokens(tokens[: count * length].reshape(count, length), model.config.vocab_size))
+    return np.asarray(check_tokens(tokens[: count * length].reshape(count, length), config.vocab_size))
 
 
-def _check_length(model: Model, length: int) -> None:
-    if length > model.config.context_length:
-        raise ValueError(f"length={length} is more than the model's context_length={model.config.context_length}.")
+def _check_length(config: Any, length: int) -> None:
+    if length > config.context_length:
+        raise ValueError(f"length={length} is more than the model's context_length={config.context_length}.")
 
 
 def _batches(
@@ -216,7 +234,7 @@ def _mean(values: np.ndarray, what: str) -> float:
 
 @partial(jax.jit, static_argnums=0)
 def _losses(
-    config: Architecture,
+    config: Headed,
     params: Params,
     x: Float[Array, "batch time d_model"],
     tokens: Int32[Array, "batch time"],
@@ -232,8 +250,8 @@ def _losses(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _differences(
-    config: Architecture,
-    other_config: Architecture,
+    config: Headed,
+    other_config: Headed,
     params: tuple[Params, Params],
     x: Float[Array, "batch time d_model"],
     other_x: Float[Array, "batch time d_other"],

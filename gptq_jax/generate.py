@@ -136,6 +136,8 @@ def generate_tokens(
 
     Arguments and errors are those of `generate`; the model needs no tokenizer.
     """
+    if not isinstance(model, Model):
+        raise TypeError("only supplied architectures generate: a module of one's own has no cache that is known here.")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     prompt = np.asarray(check_tokens(_sequence(prompt)[None], model.config.vocab_size))[0]

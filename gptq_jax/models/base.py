@@ -67,6 +67,19 @@ class Architecture(Protocol):
 
 
 @runtime_checkable
+class Headed(Protocol):
+    """What makes logits of a stream: all that evaluation needs of an architecture once a model has run."""
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    def __hash__(self) -> int: ...
+
+    def abstract_head(self) -> nnx.Module:
+        """Called with the stream; returns float32 logits [batch, time, vocab]."""
+
+
+@runtime_checkable
 class Block(Protocol):
     """One block of a model: what quantizing it needs.
 
@@ -439,6 +452,6 @@ def _capture_block(
 
 
 @partial(jax.jit, static_argnums=0)
-def apply_head(config: Architecture, params: Params, x: Float[Array, "batch time d_model"]) -> Array:
+def apply_head(config: Headed, params: Params, x: Float[Array, "batch time d_model"]) -> Array:
     """`head`, given what `head_params` returns."""
     return bind(config.abstract_head(), params)(x)  # type: ignore[operator]

@@ -31,6 +31,8 @@ def prepare(model: Model, implementation: str | None = None, *, fuse: bool = Tru
         ValueError: the model holds no packed weights, or an unknown implementation.
         NotImplementedError: the implementation declines a weight; the reason is given.
     """
+    if not isinstance(model, Model):
+        raise TypeError("prepare is for supplied architectures: a module of one's own runs as it is.")
     if not _is_packed(model):
         raise ValueError("the model holds no packed weights to prepare: quantize it, or load a quantized one.")
     x = jax.eval_shape(partial(embed, model.config), model.params, jax.ShapeDtypeStruct((1, 1), jnp.int32))
