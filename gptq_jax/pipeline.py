@@ -14,7 +14,7 @@ from gptq_jax.calibration import Batch
 from gptq_jax.hooks.nnx import float_layers
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
-from gptq_jax.models.base import Architecture, Model, check_tokens, embed, linear_paths
+from gptq_jax.models.base import Architecture, Model, check_no_lora, check_tokens, embed, linear_paths
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
@@ -65,6 +65,7 @@ def quantize(
     if not tokens:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
     specs = layer_specs(model, rules)
+    check_no_lora(model, "quantized")
     check_weights(model)
 
     total = sum(spec is not None for spec in specs.values())

@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
+from gptq_jax.hooks.low_rank import LORA
 from gptq_jax.hooks.nnx import Input, Params, bind, linear_layers, parameters, record_inputs
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
@@ -106,6 +107,15 @@ def hidden_states(model: Model, tokens: Int32[Array, "batch time"]) -> Float[Arr
     return x
 
 
+def check_no_lora(model: Model, action: str) -> None:
+    """Raise ValueError where adapters are beside layers, which `action` would lose."""
+    if any(LORA in block for block in model.params["layers"]):
+        raise ValueError(
+            f"the model carries LoRA adapters, and cannot be {action}: take the model without them, and store them by "
+            "save_lora, or merge_lora first."
+        )
+
+
 def check_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "batch time"]:
     """`tokens` as an int32 array, or ValueError saying what is wrong with them."""
     if not isinstance(tokens, jax.Array):
@@ -117,7 +127,8 @@ def check_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "batch time"]:
     if tokens.size == 0:
         raise ValueError(f"tokens have shape {tokens.shape}: pass at least one.")
     if not isinstance(tokens, jax.core.Tracer):
-        low, high = int(tokens.min()), int(tokens.max())
+        with jax.ensure_compile_time_eval():  # known tokens may meet traced parameters
+            low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens span {low}..{high}, but the vocabulary is 0..{vocab_size - 1}.")
     return jnp.asarray(tokens, jnp.int32)

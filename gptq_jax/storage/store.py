@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptq_jax.models.base import Architecture, Model
+from gptq_jax.models.base import Architecture, Model, check_no_lora
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.base import CheckpointError
@@ -50,13 +50,14 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
 
     Raises:
         OSError: see `check_target`.
-        ValueError: the model's weights are prepared to run.
+        ValueError: the model's weights are prepared to run, or carry LoRA adapters.
     """
     import orbax.checkpoint as ocp
 
     prepared = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, PreparedWeight))
     if any(isinstance(leaf, PreparedWeight) for leaf in prepared):
         raise ValueError("the model's weights are prepared to run here: save the model it was prepared from.")
+    check_no_lora(model, "saved")
     path = Path(path).absolute()
     check_target(path, overwrite=overwrite, nbytes=tree_bytes(model.params))
     arrays = _unpacked(model.params)
