@@ -265,7 +265,8 @@ def _solve(
             )
 
 
-def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> QuantizedTensor | Solution:
+def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> Any:
+    """What the method's `solve` returns, which `_check_solution` holds to its contract."""
     solve = with_hessian(task.method).solve
     if not isinstance(stats, ExpertStats):
         return _jit(solve, static=2)(weight, stats, spec)
