@@ -11,6 +11,8 @@ from gptq_jax.tensor import QuantizedTensor
 from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 
 # models and checkpoints
+from gptq_jax.hooks.registry import register_layer
+from gptq_jax.models.adapted import AdaptedModel, adapt
 from gptq_jax.models.base import Model
 from gptq_jax.models.lora import lora, merge_lora, with_lora
 from gptq_jax.models.prepared import prepare
@@ -30,6 +32,7 @@ from gptq_jax.report import Report
 __version__ = _version("gptq-jax")
 
 __all__ = [
+    "AdaptedModel",
     "CheckpointError",
     "LayerBatch",
     "Method",
@@ -40,6 +43,7 @@ __all__ = [
     "ShardingRules",
     "Solution",
     "SpecRules",
+    "adapt",
     "calibration_batches",
     "compare",
     "export",
@@ -54,6 +58,7 @@ __all__ = [
     "plan",
     "prepare",
     "quantize",
+    "register_layer",
     "rtn",
     "save",
     "save_lora",

@@ -18,7 +18,7 @@ from gptq_jax.hooks.experts import Routed
 from gptq_jax.hooks.nnx import Input, Params
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.rtn import round_to_nearest
-from gptq_jax.models.base import capture_block, input_groups, run_block
+from gptq_jax.models.base import Block
 from gptq_jax.report import ExpertsReport, LayerReport
 from gptq_jax.spec import QuantSpec
 from gptq_jax.statistics import (
@@ -70,8 +70,7 @@ class BlockTask:
     """One block of a model, and what is to be done with it.
 
     Attributes:
-        config, kind: of the architecture.
-        prefix: of its layers' paths, like "layers.3.".
+        block: which.
         specs: the grid of each linear layer by path inside the block; None stays float.
         method: the quantization method.
         masks: of the calibration batches: True for real tokens; None if all are.
@@ -79,9 +78,7 @@ class BlockTask:
         clock: where seconds are counted.
     """
 
-    config: Any
-    kind: Any
-    prefix: str
+    block: Block
     specs: dict[str, QuantSpec | None]
     method: Method
     masks: Sequence[Bool[Array, "batch time"] | None]
@@ -92,12 +89,12 @@ class BlockTask:
         """Tokens that an expert must have seen for its own statistics to be used."""
         return max(ROWS_PER_INPUT * d_in if self.min_expert_tokens is None else self.min_expert_tokens, 1)
 
-    def run(self, params: Params, stream: list[Array], known: list[Inputs]) -> list[Array]:
-        """The residual stream after the block, batch by batch."""
+    def run(self, params: Params, stream: list[Any], known: list[Inputs]) -> list[Any]:
+        """The state after the block, batch by batch."""
         with self.clock("forward") as ready:
             return ready(
                 [
-                    run_block(self.config, self.kind, params, x, mask=mask, known=inputs)[0]
+                    self.block.run(params, x, mask, inputs)
                     for x, mask, inputs in zip(stream, self.masks, known, strict=True)
                 ]
             )
@@ -106,26 +103,26 @@ class BlockTask:
 def quantize_block(
     task: BlockTask,
     params: Params,
-    stream: list[Array],
+    stream: list[Any],
     *,
     true_sequential: bool,
     done: Callable[[LayerReport], None],
-) -> tuple[Params, list[Array]]:
+) -> tuple[Params, list[Any]]:
     """Quantize the linear layers of one block.
 
     Args:
         task: what to do.
         params: the float parameters.
-        stream: the residual stream before the block, an array [batch, time, d_model] for each batch.
+        stream: the state before the block, for each batch.
         true_sequential: layers see their quantized predecessors inside the block.
         done: called with the report of each layer.
 
     Returns:
-        The parameters with packed kernels, and the residual stream after the block that holds them.
+        The parameters with packed kernels, and the state after the block that holds them.
     """
     groups = [
         targeted
-        for group in input_groups(task.config, task.kind)
+        for group in task.block.groups
         if (targeted := tuple(path for path in group if task.specs[path] is not None))
     ]
     packed = working = params
@@ -142,7 +139,7 @@ def quantize_block(
 
 
 def _observe(
-    task: BlockTask, params: Params, stream: list[Array], known: list[Inputs], groups: list[tuple[str, ...]]
+    task: BlockTask, params: Params, stream: list[Any], known: list[Inputs], groups: list[tuple[str, ...]]
 ) -> list[Observed]:
     """What each group's shared input says.
 
@@ -151,21 +148,20 @@ def _observe(
     method = with_hessian(task.method)
     wanted = tuple(group[0] for group in groups)
     stats: dict[str, Any] = {}
-    tokens = dict.fromkeys(wanted, 0)
+    tokens, expected = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
     for path, group in zip(wanted, groups, strict=True):
         *stack, d_in, _ = _kernel(params, path).shape
         d_out = sum(_kernel(params, member).shape[-1] for member in group)
         stats[path] = init_experts(method, stack[0], d_in, d_out) if stack else method.init(d_in, d_out)
-    expected, kept = 0, _nbytes(known)
+    kept = _nbytes(known)
     for x, mask, inputs in zip(stream, task.masks, known, strict=True):
-        places = x.shape[0] * x.shape[1]
-        real = places if mask is None else int(mask.sum())
-        expected += real
         with task.clock("forward") as ready:
-            captured = ready(capture_block(task.config, task.kind, params, x, wanted, mask=mask, known=inputs))
+            captured = ready(task.block.capture(params, x, wanted, mask, inputs))
         for path, group in zip(wanted, groups, strict=True):
-            # Each token of the batch, padding included, comes by once; a layer that sees others says so here.
-            seen = _tokens(captured[path])
+            # Each input of the batch, padding included, comes by once; a layer that sees others says so here.
+            seen, places = _tokens(captured[path]), task.block.rows(x, path)
+            real = places if mask is None else int(mask.sum())
+            expected[path] += real
             tokens[path] += real if seen == places else seen
             with task.clock("hessian") as ready:
                 stats[path] = ready(_update(method, stats[path], captured[path], mask))
@@ -176,8 +172,9 @@ def _observe(
     for path, group in zip(wanted, groups, strict=True):
         own = stats[path].own if isinstance(stats[path], ExpertStats) else stats[path]
         assert method.hessian is not None  # with_hessian saw to it
-        _check(", ".join(task.prefix + member for member in group), method.hessian(own), tokens[path], expected)
-        found.append(Observed(stats[path], method.hessian(own), expected))
+        names = ", ".join(task.block.prefix + member for member in group)
+        _check(names, method.hessian(own), tokens[path], expected[path])
+        found.append(Observed(stats[path], method.hessian(own), expected[path]))
     return found
 
 
@@ -247,7 +244,7 @@ def _solve(
                 path,
                 part,
                 LayerReport(
-                    path=task.prefix + path,
+                    path=task.block.prefix + path,
                     method="rtn" if failed.all() else task.method.name,
                     spec=spec,
                     d_in=weight.shape[-2],

@@ -3,28 +3,28 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32
 
 from gptq_jax.block import BlockTask, Clock, quantize_block
 from gptq_jax.calibration import Batch
-from gptq_jax.hooks.nnx import float_layers
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
-from gptq_jax.models.base import Architecture, Model, check_no_lora, check_tokens, embed, linear_paths
+from gptq_jax.models.base import BlockModel, Calibration, Model
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
 
+Quantizable = TypeVar("Quantizable", bound=BlockModel)
+QUANTIZED = "the model is quantized already: load the float one it was made from."
 OnLayer = Callable[[LayerReport, int, int], None]  # the layer's report, layers done, layers in all
 
 
 def quantize(
-    model: Model,
+    model: Quantizable,
     batches: Sequence[Any],
     spec: QuantSpec | SpecRules | None = None,
     method: Method | None = None,
@@ -32,14 +32,16 @@ def quantize(
     true_sequential: bool = True,
     min_expert_tokens: int | None = None,
     on_layer: OnLayer | None = None,
-) -> tuple[Model, Report]:
+) -> tuple[Quantizable, Report]:
     """Quantize the linear layers of every block; embedding, norms and head stay float.
 
     Each layer is solved for the inputs that its quantized predecessors give it.
 
     Args:
-        model: a float model.
-        batches: calibration tokens, each [batch, time] integers or a `calibration.Batch` with a padding mask.
+        model: a float model, of `load` or `adapt`.
+        batches: calibration tokens, each [batch, time] integers or a `calibration.Batch` with a padding mask; for
+            an adapted module what it is called with: an array, a tuple of arguments, or a dict of keyword
+            arguments, or a Batch of those and a mask, which then counts for the statistics only.
         spec: the grid of all layers, or rules that choose one for each path; 4 bits in groups of 128 if None.
         method: `gptq()` if None.
         true_sequential: predecessors inside the block count too (q, k, v; then o; then gate and up; then
@@ -59,13 +61,15 @@ def quantize(
     method = gptq() if method is None else method
     rules = spec if isinstance(spec, SpecRules) else SpecRules(default=spec or QuantSpec())
     rules = replace(rules, default=replace(rules.default, scale_dtype=rules.default.scale_dtype or "float16"))
-    tokens, masks = _split_batches(batches, model.config)
     if min_expert_tokens is not None and min_expert_tokens < 0:
         raise ValueError(f"min_expert_tokens={min_expert_tokens} must not be negative; 0 for each expert by itself.")
-    if not tokens:
+    if not batches:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
-    specs = layer_specs(model, rules)
-    check_no_lora(model, "quantized")
+    if is_quantized(model):
+        raise ValueError(QUANTIZED)
+    pairs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
+    calibration = model.calibration([batch.tokens for batch in pairs], [batch.mask for batch in pairs])
+    specs = block_specs(calibration, rules)
     check_weights(model)
 
     total = sum(spec is not None for spec in specs.values())
@@ -78,25 +82,23 @@ def quantize(
 
     clock = Clock()
     with clock("forward") as ready:
-        stream = ready([embed(model.config, model.params, batch) for batch in tokens])
+        stream = ready(calibration.start())
     blocks = []
-    for index, params in enumerate(model.params["layers"]):
-        kind, prefix = model.config.layer_kind(index), f"layers.{index}."
+    for block in calibration.blocks:
         task = BlockTask(
-            config=model.config,
-            kind=kind,
-            prefix=prefix,
-            specs={path: specs[prefix + path] for path in linear_paths(model.config, kind)},
+            block=block,
+            specs={path: specs[block.prefix + path] for group in block.groups for path in group},
             method=method,
-            masks=masks,
+            masks=calibration.masks,
             min_expert_tokens=min_expert_tokens,
             clock=clock,
         )
-        packed, stream = quantize_block(task, params, stream, true_sequential=true_sequential, done=done)
+        packed, stream = quantize_block(task, block.params, stream, true_sequential=true_sequential, done=done)
         blocks.append(packed)
+    skipped = {path: "skipped by a rule" for path, spec in specs.items() if spec is None}
     report = Report(
         layers=tuple(layers),
-        kept_float=_kept_float(model, specs),
+        kept_float={**skipped, **calibration.kept_float},
         seconds=dict(clock.seconds),
         settings={
             "method": method.name,
@@ -106,7 +108,7 @@ def quantize(
         },
         peak_bytes=peak_memory(),
     )
-    return replace(model, params={**model.params, "layers": blocks}, report=report.to_json()), report
+    return calibration.assemble(blocks, report.to_json()), report
 
 
 def layer_specs(model: Model, rules: SpecRules) -> dict[str, QuantSpec | None]:
@@ -115,29 +117,39 @@ def layer_specs(model: Model, rules: SpecRules) -> dict[str, QuantSpec | None]:
     Raises:
         ValueError: a rule matches no layer, all layers are skipped, or the model is quantized already.
     """
-    config = model.config
-    paths = [
-        f"layers.{index}.{path}"
-        for index in range(config.num_layers)
-        for path in linear_paths(config, config.layer_kind(index))
-    ]
-    rules.check_used(paths)
     if is_quantized(model):
-        raise ValueError("the model is quantized already: load the float one it was made from.")
-    specs = {path: rules.spec_for(path) for path in paths}
+        raise ValueError(QUANTIZED)
+    return block_specs(model.calibration([], []), rules)
+
+
+def block_specs(calibration: Calibration, rules: SpecRules) -> dict[str, QuantSpec | None]:
+    """The grid of each layer by full path, None where it is skipped.
+
+    Raises:
+        ValueError: a rule matches no layer, all layers are skipped, or one cannot be packed as it is asked for.
+    """
+    paths = [block.prefix + path for block in calibration.blocks for group in block.groups for path in group]
+    rules.check_used([*paths, *calibration.refused], calibration.kept_float)
+    specs = {path: rules.spec_for(path) for path in (*paths, *calibration.refused)}
+    for path, reason in calibration.refused.items():
+        if specs[path] is not None:
+            raise ValueError(f"{path}: {reason}; leave it float by SpecRules(skip=({re.escape(path)!r},)).")
+    for stacked in calibration.alike:
+        if len(grids := {specs[path] for path in stacked}) > 1:
+            raise ValueError(f"{', '.join(stacked)} are slices of one parameter and need one grid, not {len(grids)}.")
     if all(spec is None for spec in specs.values()):
         raise ValueError(f"skip={list(rules.skip)} leaves no layer to quantize.")
     return specs
 
 
-def is_quantized(model: Model) -> bool:
+def is_quantized(model: BlockModel) -> bool:
     """Whether any kernel is packed, as it is stored or prepared to run."""
     packed = QuantizedTensor | PreparedWeight
     leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, packed))
     return any(isinstance(leaf, packed) for leaf in leaves)
 
 
-def check_weights(model: Model) -> None:
+def check_weights(model: BlockModel) -> None:
     """Raise ValueError naming the first parameter that holds NaN or infinity."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
         if not bool(_all_finite(leaf)):
@@ -148,35 +160,3 @@ def check_weights(model: Model) -> None:
 @jax.jit
 def _all_finite(leaf: Any) -> Any:
     return jnp.all(jnp.isfinite(leaf))
-
-
-def _split_batches(
-    batches: Sequence[Any], config: Architecture
-) -> tuple[list[Int32[Array, "batch time"]], list[Bool[Array, "batch time"] | None]]:
-    """The tokens and the padding mask of each batch, checked."""
-    tokens: list[Array] = []
-    masks: list[Array | None] = []
-    for batch in batches:
-        rows, mask = batch if isinstance(batch, Batch) else (batch, None)
-        tokens.append(check_tokens(rows, config.vocab_size))
-        shape = tokens[-1].shape
-        if shape[1] > config.context_length:
-            raise ValueError(f"batches of {shape[1]} tokens exceed the model's context of {config.context_length}.")
-        real = None if mask is None else jnp.asarray(mask, bool)
-        if real is not None and real.shape != shape:
-            raise ValueError(f"mask has shape {real.shape}, but its tokens {shape}.")
-        masks.append(real)
-    return tokens, masks
-
-
-def _kept_float(model: Model, specs: dict[str, QuantSpec | None]) -> dict[str, str]:
-    """Matrices left float, and why."""
-    kept = {path: "skipped by a rule" for path, spec in specs.items() if spec is None}
-    kept |= {
-        f"layers.{index}.{path}": reason
-        for index in range(model.config.num_layers)
-        for path, reason in float_layers(model.config.abstract_block(model.config.layer_kind(index))).items()
-    }
-    kept["embed"] = "a lookup table, not a product"
-    kept["head"] = "reads the embedding" if model.config.tie_embeddings else "the output head stays float"
-    return kept

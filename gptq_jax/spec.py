@@ -1,8 +1,9 @@
 """What the grid of a weight is, and which weight gets which."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from pallas_kernels.packing import SUPPORTED_BITS
 
@@ -84,14 +85,23 @@ class SpecRules:
                 return replace(self.default, **dict(fields))  # type: ignore[arg-type]
         return self.default
 
-    def check_used(self, paths: Iterable[str]) -> None:
-        """Raise ValueError, naming them all, if a regex is found in none of `paths`."""
+    def check_used(self, paths: Iterable[str], kept_float: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Raise ValueError, naming them all, if a regex is found in none of `paths`.
+
+        Args:
+            paths: of the layers.
+            kept_float: what is no layer, and why, for the message.
+        """
         paths = list(paths)
         unused = [
             pattern
             for pattern in (*self.skip, *(pattern for pattern, _ in self.overrides))
             if not any(re.search(pattern, path) for path in paths)
         ]
+        for pattern in unused:
+            for path, reason in kept_float.items():
+                if re.search(pattern, path):
+                    raise ValueError(f"{pattern!r} matches no layer but {path!r}, which stays float: {reason}.")
         if unused:
             raise ValueError(
                 f"no layer matches {', '.join(map(repr, unused))}; the layers are named like {_examples(paths)}."

@@ -4,8 +4,8 @@ Every forward pass is a Python loop over blocks, calling one compiled function f
 time does not grow with depth, and a block's parameters may come from anywhere (memory, a file, a quantizer).
 """
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from gptq_jax.hooks.low_rank import LORA
-from gptq_jax.hooks.nnx import Input, Params, bind, linear_layers, parameters, record_inputs
+from gptq_jax.hooks.nnx import Input, Params, bind, float_layers, linear_layers, parameters, record_inputs
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
 
@@ -67,6 +67,101 @@ class Architecture(Protocol):
         """An empty cache of one block for `capacity` tokens."""
 
 
+@runtime_checkable
+class Block(Protocol):
+    """One block of a model: what quantizing it needs.
+
+    Between blocks there is, for each batch, a state that only blocks of the same model understand: the residual
+    stream of a supplied architecture.
+
+    Attributes:
+        prefix: of the full paths of its layers, like "layers.3.".
+        params: nested dicts; the kernel of the layer at "mlp.up" is params["mlp"]["up"]["kernel"], [d_in, d_out].
+        groups: its layers in the order they run, those fed by the same array together.
+    """
+
+    @property
+    def prefix(self) -> str: ...  # noqa: D102
+    @property
+    def params(self) -> Params: ...  # noqa: D102
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]: ...  # noqa: D102
+
+    def run(self, params: Params, state: Any, mask: Any, known: Mapping[str, Any]) -> Any:
+        """The state after it, with parameters that may be packed; `known` are inputs captured before."""
+
+    def capture(
+        self, params: Params, state: Any, wanted: tuple[str, ...], mask: Any, known: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The inputs of the layers `wanted`, [*batch, d_in]."""
+
+    def rows(self, state: Any, path: str) -> int:
+        """How many inputs the layer at `path` sees, padding included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A model about to be quantized on some batches.
+
+    Attributes:
+        blocks: in the order they run.
+        start: computes the state before the first block, for each batch.
+        masks: of the batches: True for real tokens, [batch, time]; None if all are.
+        kept_float: matrices outside of all layers, and why they stay float.
+        refused: layers that stop the quantization unless a rule skips them, and why.
+        alike: groups of layers, by full path, that must have one grid.
+        assemble: makes the model of its blocks' parameters and the report.
+    """
+
+    blocks: Sequence[Block]
+    start: Callable[[], list[Any]]
+    masks: Sequence[Bool[Array, "batch time"] | None]
+    kept_float: Mapping[str, str]
+    assemble: Callable[[Sequence[Params], dict[str, Any]], Any]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    alike: Sequence[Sequence[str]] = ()
+
+
+@runtime_checkable
+class BlockModel(Protocol):
+    """What can be quantized: a `Model`, or what `adapt` makes of a user's module."""
+
+    @property
+    def params(self) -> Any: ...  # noqa: D102
+
+    def calibration(self, calls: Sequence[Any], masks: Sequence[Any]) -> Calibration:
+        """The model block by block on these inputs; ValueError if it cannot take them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureBlock:
+    """A block of a supplied architecture; the state is the residual stream [batch, time, d_model]."""
+
+    config: Any
+    kind: Any
+    prefix: str
+    params: Params
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """See `input_groups`."""
+        return input_groups(self.config, self.kind)
+
+    def run(self, params: Params, state: Any, mask: Any, known: Mapping[str, Any]) -> Any:
+        """See `run_block`."""
+        return run_block(self.config, self.kind, params, state, mask=mask, known=known)[0]
+
+    def capture(
+        self, params: Params, state: Any, wanted: tuple[str, ...], mask: Any, known: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """See `capture_block`."""
+        return capture_block(self.config, self.kind, params, state, wanted, mask=mask, known=known)
+
+    def rows(self, state: Any, path: str) -> int:
+        """Every layer sees every token."""
+        return state.shape[0] * state.shape[1]
+
+
 @dataclass(frozen=True)
 class Model:
     """A language model, float or quantized; call it with tokens [batch, time] for float32 logits.
@@ -97,6 +192,54 @@ class Model:
         """
         tokens = check_tokens(tokens, self.config.vocab_size)
         return head(self.config, self.params, hidden_states(self, tokens))
+
+    def blocks(self) -> list[ArchitectureBlock]:
+        """The blocks with their parameters."""
+        return [
+            ArchitectureBlock(
+                config=self.config, kind=self.config.layer_kind(index), prefix=f"layers.{index}.", params=params
+            )
+            for index, params in enumerate(self.params["layers"])
+        ]
+
+    def calibration(self, calls: Sequence[Any], masks: Sequence[Any]) -> Calibration:
+        """The model block by block; see `BlockModel`.
+
+        Args:
+            calls: tokens, each [batch, time] integers.
+            masks: for each, True for real tokens; None if all are.
+
+        Raises:
+            ValueError: bad tokens, batches beyond the context, a mask of another shape, or adapters beside layers.
+        """
+        check_no_lora(self, "quantized")
+        tokens = [check_tokens(rows, self.config.vocab_size) for rows in calls]
+        real = [None if mask is None else jnp.asarray(mask, bool) for mask in masks]
+        for batch, mask in zip(tokens, real, strict=True):
+            if batch.shape[1] > self.config.context_length:
+                raise ValueError(
+                    f"batches of {batch.shape[1]} tokens exceed the model's context of {self.config.context_length}."
+                )
+            if mask is not None and mask.shape != batch.shape:
+                raise ValueError(f"mask has shape {mask.shape}, but its tokens {batch.shape}.")
+        tied, blocks = self.config.tie_embeddings, self.blocks()
+        return Calibration(
+            blocks=blocks,
+            start=lambda: [embed(self.config, self.params, batch) for batch in tokens],
+            masks=real,
+            kept_float={
+                **{
+                    f"{block.prefix}{path}": reason
+                    for block in blocks
+                    for path, reason in float_layers(self.config.abstract_block(block.kind)).items()
+                },
+                "embed": "a lookup table, not a product",
+                "head": "reads the embedding" if tied else "the output head stays float",
+            },
+            assemble=lambda packed, report: replace(
+                self, params={**self.params, "layers": list(packed)}, report=report
+            ),
+        )
 
 
 def hidden_states(model: Model, tokens: Int32[Array, "batch time"]) -> Float[Array, "batch time d_model"]:

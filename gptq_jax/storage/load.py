@@ -50,8 +50,9 @@ def load(
     dtype: DTypeLike = "float32",
     sharding: jax.sharding.Sharding | Placement | None = None,
     arch_config: str | PathLike[str] | None = None,
-) -> Model:
-    """Load a model.
+    module: Any = None,
+) -> Any:
+    """Load a model: a `Model`, or an `AdaptedModel` where `module` is given.
 
     Args:
         path_or_id: a directory that `save` wrote, or what `open_source` takes. Weights that GPTQ, AWQ or
@@ -61,6 +62,8 @@ def load(
             shape, like `ShardingRules`. None: the first device.
         arch_config: the config.json that says what model it is, for what does not carry one: an Orbax checkpoint of
             parameters, or a file of flax.serialization. A tokenizer is looked for beside it.
+        module: the user's own Linen or NNX module (of shapes only, from `nnx.eval_shape`, will do), for a directory
+            that was saved of one.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -69,7 +72,9 @@ def load(
     """
     dtype, placement = _dtype_name(dtype), as_placement(sharding)
     if is_store(Path(path_or_id)) and arch_config is None:
-        return load_store(path_or_id, placement)
+        return load_store(path_or_id, placement, module)
+    if module is not None:
+        raise ValueError(f"{path_or_id} was not written by save, so that module says nothing: use adapt instead.")
     source = open_source(path_or_id, arch_config)
     config = read_architecture(source)
     tokenizer = source.tokenizer()  # before the weights: cheap to find missing or broken

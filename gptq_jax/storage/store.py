@@ -18,9 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptq_jax.models.adapted import AdaptedModel
 from gptq_jax.models.base import Architecture, Model, check_no_lora
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.spec import QuantSpec
+from gptq_jax.storage.adapted import ADAPTED, AdaptedTree, adapted_again, stored_form
 from gptq_jax.storage.base import CheckpointError
 from gptq_jax.storage.directory import STORE_MARK as MANIFEST
 from gptq_jax.storage.directory import check_target, replacing, write_json
@@ -30,6 +32,8 @@ from pallas_kernels.api import PreparedWeight
 from pallas_kernels.packing import packed_words
 
 VERSION = 1
+OWN_MODULE = "holds a module of your own: pass it, load(path, module=...)."
+NO_MODULE = "holds a supplied architecture: load it without module."
 _ARRAYS, _CONFIG, _REPORT = "arrays", "config.json", "report.json"
 
 
@@ -38,13 +42,13 @@ def is_store(path: Path) -> bool:
     return (path / MANIFEST).is_file()
 
 
-def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save(model: Model | AdaptedModel, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a model, float or quantized, to a directory.
 
     The directory appears under its name only when all of it is on disk.
 
     Args:
-        model: as `load` or `quantize` gave it.
+        model: as `load`, `adapt` or `quantize` gave it.
         path: of the directory; its parent must exist.
         overwrite: replace a directory this function wrote before.
 
@@ -54,15 +58,19 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
     """
     import orbax.checkpoint as ocp
 
-    prepared = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, PreparedWeight))
+    if isinstance(model, AdaptedModel):
+        params, source = stored_form(model)
+    else:
+        check_no_lora(model, "saved")
+        params, source = model.params, model.source
+    prepared = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PreparedWeight))
     if any(isinstance(leaf, PreparedWeight) for leaf in prepared):
         raise ValueError("the model's weights are prepared to run here: save the model it was prepared from.")
-    check_no_lora(model, "saved")
     path = Path(path).absolute()
-    check_target(path, overwrite=overwrite, nbytes=tree_bytes(model.params))
-    arrays = _unpacked(model.params)
+    check_target(path, overwrite=overwrite, nbytes=tree_bytes(params))
+    arrays = _unpacked(params)
     with replacing(path) as partial:
-        write_json(partial / _CONFIG, model.source)
+        write_json(partial / _CONFIG, source)
         if model.report is not None:
             write_json(partial / _REPORT, model.report)
         if model.tokenizer is not None:
@@ -73,7 +81,7 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
         manifest = {
             "format": "gptq-jax",
             "version": VERSION,
-            "quantized": {path: asdict(tensor.spec) for path, tensor in packed_layers(model.params).items()},
+            "quantized": {path: asdict(tensor.spec) for path, tensor in packed_layers(params).items()},
             "dtypes": {_name(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)},
             "files": {
                 str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
@@ -83,15 +91,19 @@ def save(model: Model, path: str | os.PathLike[str], *, overwrite: bool = False)
         write_json(partial / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
 
 
-def load_store(path: str | os.PathLike[str], placement: Placement = one_device) -> Model:
+def load_store(
+    path: str | os.PathLike[str], placement: Placement = one_device, module: Any = None
+) -> Model | AdaptedModel:
     """Read what `save` wrote; packed arrays stay packed.
 
     Args:
         path: of the directory.
         placement: the sharding of each array, which goes straight to its devices.
+        module: the user's own, where the model was adapted from one.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or of another version, by name.
+        CheckpointError: a file is missing, damaged, or of another version, by name; or `module` is missing, or is
+            not what was saved.
     """
     import orbax.checkpoint as ocp
 
@@ -99,6 +111,8 @@ def load_store(path: str | os.PathLike[str], placement: Placement = one_device) 
     manifest = read_manifest(path)
     _verify(path, manifest["files"])
     source, config, report = _described(path, manifest)
+    if isinstance(config, AdaptedTree) is (module is None):
+        raise CheckpointError(path, OWN_MODULE if module is None else NO_MODULE)
     target = _target(path, manifest, config, placement)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -111,10 +125,13 @@ def load_store(path: str | os.PathLike[str], placement: Placement = one_device) 
     except Exception as error:  # Orbax lets many kinds through
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(path / _ARRAYS, f"cannot be restored: {reason}") from error
+    params, tokenizer = _repacked(arrays, manifest["quantized"], config), _tokenizer(path, manifest["files"])
+    if isinstance(config, AdaptedTree):
+        return adapted_again(config, module, params, tokenizer, report, path)
     return Model(
         config=config,
-        params=_repacked(arrays, manifest["quantized"], config),
-        tokenizer=_tokenizer(path, manifest["files"]),
+        params=params,
+        tokenizer=tokenizer,
         source=source,
         report=report,
     )
@@ -163,7 +180,7 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 def packed_layers(params: Any) -> dict[str, QuantizedTensor]:
     """The packed kernels by the path of their layer, like "layers.3.mlp.down_proj"."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed)
-    return {_name(path[:-1]): leaf for path, leaf in leaves if _is_packed(leaf)}
+    return {_name(path).removesuffix(".kernel"): leaf for path, leaf in leaves if _is_packed(leaf)}
 
 
 def planned_bytes(model: Model, specs: dict[str, QuantSpec | None]) -> int:
@@ -214,11 +231,11 @@ _DTYPES = {  # that each array of a packed kernel may have
 }
 
 
-def _described(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], Architecture, dict[str, Any] | None]:
-    """The Hugging Face config, the architecture it describes, and the report."""
+def _described(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], Any, dict[str, Any] | None]:
+    """The config as it is stored, the architecture it describes, and the report."""
     source = _read_json(path / _CONFIG)
     try:
-        config = architecture_from_config(source)
+        config: Any = AdaptedTree.from_json(source[ADAPTED]) if ADAPTED in source else architecture_from_config(source)
     except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(path / _CONFIG, f"describes no model: {error}") from error
     report = _read_json(path / _REPORT) if _REPORT in manifest["files"] else None
@@ -227,11 +244,15 @@ def _described(path: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], Ar
     return source, config, report
 
 
-def _target(path: Path, manifest: dict[str, Any], config: Architecture, placement: Placement = one_device) -> Any:
+def _target(path: Path, manifest: dict[str, Any], config: Any, placement: Placement = one_device) -> Any:
     """The tree to restore, as shapes: the architecture's, with the arrays of packed kernels in their place."""
     dtypes, quantized = manifest["dtypes"], _grids(path, manifest)
     leaves = jax.tree_util.tree_leaves_with_path(config.abstract_params())
-    kernels = {_name(where).removesuffix(".kernel") for where, leaf in leaves if _name(where).endswith(".kernel")}
+    names = [_name(where) for where, _ in leaves]
+    packable = (
+        config.packable if isinstance(config, AdaptedTree) else {name for name in names if name.endswith(".kernel")}
+    )
+    kernels = {name.removesuffix(".kernel") for name in packable}
     if unknown := sorted(set(quantized) - kernels):
         raise CheckpointError(path / MANIFEST, f"holds grids of {unknown}, which are no layers of the model.")
 
@@ -271,7 +292,7 @@ def _grids(path: Path, manifest: dict[str, Any]) -> dict[str, QuantSpec]:
     return grids
 
 
-def _repacked(arrays: Any, quantized: dict[str, Any], config: Architecture) -> Any:
+def _repacked(arrays: Any, quantized: dict[str, Any], config: Any) -> Any:
     """The inverse of `_unpacked`."""
 
     def build(where: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, stored: Any) -> Any:

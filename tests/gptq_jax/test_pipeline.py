@@ -15,6 +15,7 @@ from gptq_jax import terminal
 from gptq_jax.calibration import Batch
 from gptq_jax.inspection import inspect_model, inspection_table
 from gptq_jax.methods import gptq, gptq_solve, rtn
+from gptq_jax.models.base import ArchitectureBlock
 from gptq_jax.pipeline import is_quantized, quantize
 from gptq_jax.report import Report
 from gptq_jax.spec import QuantSpec, SpecRules
@@ -236,12 +237,12 @@ def test_layers_fed_nothing_or_infinity_stop_the_run_by_name(model, value, messa
 
 
 def test_layers_that_miss_tokens_stop_the_run_by_name(model, monkeypatch):
-    whole = block_module.capture_block
+    whole = ArchitectureBlock.capture
 
     def half(*args, **kwargs):
         return {path: value[:1] for path, value in whole(*args, **kwargs).items()}
 
-    monkeypatch.setattr(block_module, "capture_block", half)
+    monkeypatch.setattr(ArchitectureBlock, "capture", half)
     names = ", ".join(f"layers.0.{path}" for path in STAGES[0])
     with pytest.raises(ValueError, match=f"^{names} saw 48 tokens, but the calibration has 144"):
         quantize(model, BATCHES, SPEC, METHOD)
