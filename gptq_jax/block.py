@@ -18,7 +18,7 @@ from gptq_jax.hooks.experts import Routed
 from gptq_jax.hooks.nnx import Input, Params
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.rtn import round_to_nearest
-from gptq_jax.models.base import Block
+from gptq_jax.models.quantizable import Block
 from gptq_jax.report import ExpertsReport, LayerReport
 from gptq_jax.spec import QuantSpec
 from gptq_jax.statistics import (
