@@ -14,9 +14,11 @@ from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
 from gptq_jax.hooks.registry import register_layer
 from gptq_jax.models.adapted import AdaptedModel, adapt
 from gptq_jax.models.base import Model
+from gptq_jax.models.lora import lora, merge_lora, with_lora
 from gptq_jax.models.prepared import prepare
 from gptq_jax.storage import CheckpointError, load, save
 from gptq_jax.storage.export import export
+from gptq_jax.storage.peft import load_lora, save_lora
 from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
@@ -49,6 +51,9 @@ __all__ = [
     "gptq",
     "gptq_solve",
     "load",
+    "load_lora",
+    "lora",
+    "merge_lora",
     "perplexity",
     "plan",
     "prepare",
@@ -56,4 +61,6 @@ __all__ = [
     "register_layer",
     "rtn",
     "save",
+    "save_lora",
+    "with_lora",
 ]

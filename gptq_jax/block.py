@@ -18,7 +18,7 @@ from gptq_jax.hooks.experts import Routed
 from gptq_jax.hooks.nnx import Input, Params
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.rtn import round_to_nearest
-from gptq_jax.models.base import Block
+from gptq_jax.models.quantizable import Block
 from gptq_jax.report import ExpertsReport, LayerReport
 from gptq_jax.spec import QuantSpec
 from gptq_jax.statistics import (
@@ -263,7 +263,7 @@ def _solve(
 
 
 def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> Any:
-    """What the method answers, not checked yet."""
+    """What the method's `solve` returns, which `_check_solution` holds to its contract."""
     solve = with_hessian(task.method).solve
     if not isinstance(stats, ExpertStats):
         return _jit(solve, static=2)(weight, stats, spec)

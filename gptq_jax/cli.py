@@ -7,13 +7,25 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptq_jax.bench import cli as bench
+from gptq_jax.options import (
+    ArchConfigOption,
+    Dtype,
+    DtypeOption,
+    ExportDtype,
+    Format,
+    GridName,
+    JsonOption,
+    ModelArgument,
+    Order,
+    Parallel,
+)
+from gptq_jax.planning import cli as planning
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises PyTorch, which is not used
 
@@ -30,71 +42,6 @@ app.add_typer(bench_app)
 
 # What users' input can raise; anything else is a defect and shows its traceback.
 _EXPECTED = (ValueError, OSError, NotImplementedError, ImportError)
-
-MODEL_HELP = (
-    "A directory with config.json and *.safetensors or flax_model.msgpack, a .gguf file, a Hub id, or a directory this "
-    "tool wrote."
-)
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-ArchConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="config.json",
-        help="Of MODEL's architecture, where MODEL is an Orbax checkpoint of parameters or a .msgpack file.",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
-
-
-class Dtype(StrEnum):
-    """Of what stays float."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Order(StrEnum):
-    """In which inputs are rounded."""
-
-    natural = "natural"
-    activation = "activation"
-    group = "group"
-
-
-class GridName(StrEnum):
-    """How scales are fitted."""
-
-    minmax = "minmax"
-    mse = "mse"
-    ldl = "ldl"
-
-
-class ExportDtype(StrEnum):
-    """Of what an export leaves float."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Parallel(StrEnum):
-    """How many devices are run."""
-
-    jit = "jit"
-    pmap = "pmap"
-
-
-class Format(StrEnum):
-    """Of an export."""
-
-    gptq = "gptq"
-    gptq_v2 = "gptq_v2"
-    compressed_tensors = "compressed-tensors"
-    float = "float"
-    gguf = "gguf"
-
-
-DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
 
 
 def command(function: Callable[..., None], app: typer.Typer = app) -> Callable[..., None]:
@@ -321,70 +268,6 @@ def inspect(model: ModelArgument, arch_config: ArchConfigOption = None, as_json:
 
 
 @command
-def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL|SHAPE", help=f"{MODEL_HELP} Or a name like llama-2-70b.")],
-    bits: Annotated[str, typer.Option(help="2, 3, 4 or 8; several separated by commas.")] = "8,4,3,2",
-    group_size: Annotated[str, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = "128",
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With a zero point for each group.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window, and of a text to generate. [2048, or the context]")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Calibration windows at a time.")] = 8,
-    sequences: Annotated[int, typer.Option(min=1, help="Texts generated at a time.")] = 1,
-    device_memory: Annotated[
-        str | None, typer.Option(help="Of one device, like 24GB: how many of them are needed.")
-    ] = None,
-    dtype: DtypeOption = Dtype.float32,
-    measure: Annotated[
-        bool,
-        typer.Option("--measure", help="First measure this device, and keep what was found for all plans to come."),
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """What quantizing and running MODEL would take: disk, memory, devices, time. Only its config is read."""
-    from gptq_jax.planning.architecture import find_architecture
-    from gptq_jax.planning.plan import plan as make_plan
-    from gptq_jax.planning.profile import measure_profile, profile_path, write_profile
-    from gptq_jax.planning.tables import plan_lines, plan_table
-    from gptq_jax.spec import QuantSpec
-    from gptq_jax.storage.export.base import parse_size
-    from gptq_jax.terminal import console, escape, note
-
-    grids = [
-        QuantSpec(bits=width, group_size=size, symmetric=not asymmetric)
-        for width in _integers("--bits", bits)
-        for size in _integers("--group-size", group_size)
-    ]
-    nbytes = None if device_memory is None else parse_size(device_memory)
-    find_architecture(model)  # before anything is measured
-    if measure:
-        with console.status("measuring this device"):
-            write_profile(measure_profile(), profile_path())
-        note(f"wrote {profile_path()}")
-    with console.status(f"planning {escape(model)}"):
-        found = make_plan(
-            model,
-            grids,
-            dtype=str(dtype),
-            samples=samples,
-            length=length,
-            batch_size=batch_size,
-            sequences=sequences,
-            device_memory=nbytes,
-        )
-    if as_json:
-        print(json.dumps(found.to_json(), indent=1))
-        return
-    from rich.console import Console
-
-    print(f"{model}: {found.parameters:,} parameters in {found.layers} blocks")
-    Console().print(plan_table(found))
-    for line in plan_lines(found):
-        print(line)
-
-
-@command
 def export(
     model: ModelArgument,
     format: Annotated[
@@ -449,6 +332,7 @@ def demo(
         print(json.dumps(result, indent=1))
 
 
+command(planning.plan)
 for function in (bench.kernels, bench.decode):
     command(function, bench_app)
 
@@ -487,14 +371,6 @@ def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:
 
     loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     return prepare(loaded) if is_quantized(loaded) else loaded
-
-
-def _integers(option: str, text: str) -> list[int]:
-    """Numbers separated by commas."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text!r} is no list of integers: give one like 4 or 8,4,3.") from None
 
 
 def _window(length: int | None, context: int) -> int:

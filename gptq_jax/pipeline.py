@@ -12,7 +12,8 @@ from gptq_jax.block import BlockTask, Clock, quantize_block
 from gptq_jax.calibration import Batch
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
-from gptq_jax.models.base import BlockModel, Calibration, Model
+from gptq_jax.models.base import Model
+from gptq_jax.models.quantizable import BlockModel, Calibration
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor

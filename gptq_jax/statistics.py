@@ -51,7 +51,7 @@ def with_hessian(method: Method) -> Method:
     def update(stats: tuple[Stats, Array], batch: LayerBatch) -> tuple[Stats, Array]:
         return method.update(stats[0], batch), accumulate(stats[1], batch.x)
 
-    def solve(weight: Array, stats: tuple[Stats, Array], spec: QuantSpec) -> QuantizedTensor | Solution:
+    def solve(weight: Array, stats: tuple[Stats, Array], spec: QuantSpec) -> Any:
         return method.solve(weight, stats[0], spec)
 
     return method._replace(init=init, update=update, solve=solve, hessian=lambda stats: stats[1])
@@ -114,7 +114,7 @@ def solve_experts(
     *,
     solve: Callable[[Array, Stats, QuantSpec], QuantizedTensor | Solution],
     spec: QuantSpec,
-) -> QuantizedTensor | Solution:
+) -> Any:
     """What the method's `solve` returns for each expert, stacked.
 
     Args:

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from gptq_jax.options import JsonOption
+
 ShapeOption = Annotated[str, typer.Option(help="llama-7b, llama-13b, llama-70b, qwen-7b, qwen-14b or smollm2.")]
 BitsOption = Annotated[int, typer.Option(help="2, 3, 4 or 8.")]
 GroupOption = Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")]
@@ -14,7 +16,6 @@ DtypeOption = Annotated[
 ImplementationOption = Annotated[
     str | None, typer.Option(help="mosaic_hopper, mosaic_ampere, xla_tiled or reference. [the one that runs here]")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
 def kernels(

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from gptq_jax.hooks.experts import ExpertLinear, QuantizedExpertLinear, Routed, is_stacked
+from gptq_jax.hooks.low_rank import LORA, LowRankLinear
 from gptq_jax.matmul import grouped_matmul, matmul
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
@@ -124,10 +125,10 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
         abstract: a module of shapes, from `nnx.eval_shape`.
         params: its arrays by name; where a linear layer's kernel is a QuantizedTensor or a PreparedWeight, a
             QuantizedLinear or QuantizedExpertLinear takes its place, and FusedLinears that of the layers of
-            each FusedWeight in `params["fused"]`.
+            each FusedWeight in `params["fused"]`; a LowRankLinear that of each layer in `params["lora"]`.
     """
     module = nnx.merge(*nnx.split(abstract))
-    own = {name: value for name, value in params.items() if name != FUSED}
+    own = {name: value for name, value in params.items() if name not in (FUSED, LORA)}
     _fill(module, own)
     for fused in params.get(FUSED, ()):
         product = _SharedProduct(fused)
@@ -135,6 +136,10 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
             *parents, name = path.split(".")
             parent, here = _descend(module, own, parents)
             setattr(parent, name, FusedLinear(product, index, here.get(name, {}).get("bias")))
+    for path, added in params.get(LORA, {}).items():
+        *parents, name = path.split(".")
+        parent, _ = _descend(module, own, parents)
+        setattr(parent, name, LowRankLinear(getattr(parent, name), added))
     return module
 
 

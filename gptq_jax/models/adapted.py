@@ -20,8 +20,8 @@ from gptq_jax.hooks.linen import LinenFunction
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.hooks.nnx_function import NnxFunction
 from gptq_jax.hooks.program import Program, Root, trace
-from gptq_jax.models.base import Calibration
-from gptq_jax.models.plan import Plan
+from gptq_jax.models.adapted_blocks import Plan
+from gptq_jax.models.quantizable import Calibration
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
 

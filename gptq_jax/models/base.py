@@ -4,7 +4,7 @@ Every forward pass is a Python loop over blocks, calling one compiled function f
 time does not grow with depth, and a block's parameters may come from anywhere (memory, a file, a quantizer).
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +15,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
+from gptq_jax.hooks.low_rank import LORA
 from gptq_jax.hooks.nnx import Input, Params, bind, float_layers, linear_layers, parameters, record_inputs
+from gptq_jax.models.quantizable import Calibration
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
 
@@ -77,72 +79,6 @@ class Headed(Protocol):
 
     def abstract_head(self) -> nnx.Module:
         """Called with the stream; returns float32 logits [batch, time, vocab]."""
-
-
-@runtime_checkable
-class Block(Protocol):
-    """One block of a model: what quantizing it needs.
-
-    Between blocks there is, for each batch, a state that only blocks of the same model understand: the residual
-    stream of a supplied architecture.
-
-    Attributes:
-        prefix: of the full paths of its layers, like "layers.3.".
-        params: nested dicts; the kernel of the layer at "mlp.up" is params["mlp"]["up"]["kernel"], [d_in, d_out].
-        groups: its layers in the order they run, those fed by the same array together.
-    """
-
-    @property
-    def prefix(self) -> str: ...  # noqa: D102
-    @property
-    def params(self) -> Params: ...  # noqa: D102
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]: ...  # noqa: D102
-
-    def run(self, params: Params, state: Any, mask: Any, known: Mapping[str, Any]) -> Any:
-        """The state after it, with parameters that may be packed; `known` are inputs captured before."""
-
-    def capture(
-        self, params: Params, state: Any, wanted: tuple[str, ...], mask: Any, known: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The inputs of the layers `wanted`, [*batch, d_in]."""
-
-    def rows(self, state: Any, path: str) -> int:
-        """How many inputs the layer at `path` sees, padding included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """A model about to be quantized on some batches.
-
-    Attributes:
-        blocks: in the order they run.
-        start: computes the state before the first block, for each batch.
-        masks: of the batches: True for real tokens, [batch, time]; None if all are.
-        kept_float: matrices outside of all layers, and why they stay float.
-        refused: layers that stop the quantization unless a rule skips them, and why.
-        alike: groups of layers, by full path, that must have one grid.
-        assemble: makes the model of its blocks' parameters and the report.
-    """
-
-    blocks: Sequence[Block]
-    start: Callable[[], list[Any]]
-    masks: Sequence[Bool[Array, "batch time"] | None]
-    kept_float: Mapping[str, str]
-    assemble: Callable[[Sequence[Params], dict[str, Any]], Any]
-    refused: Mapping[str, str] = field(default_factory=dict)
-    alike: Sequence[Sequence[str]] = ()
-
-
-@runtime_checkable
-class BlockModel(Protocol):
-    """What can be quantized: a `Model`, or what `adapt` makes of a user's module."""
-
-    @property
-    def params(self) -> Any: ...  # noqa: D102
-
-    def calibration(self, calls: Sequence[Any], masks: Sequence[Any]) -> Calibration:
-        """The model block by block on these inputs; ValueError if it cannot take them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +158,9 @@ class Model:
             masks: for each, True for real tokens; None if all are.
 
         Raises:
-            ValueError: bad tokens, batches beyond the context, or a mask of another shape.
+            ValueError: bad tokens, batches beyond the context, a mask of another shape, or adapters beside layers.
         """
+        check_no_lora(self, "quantized")
         tokens = [check_tokens(rows, self.config.vocab_size) for rows in calls]
         real = [None if mask is None else jnp.asarray(mask, bool) for mask in masks]
         for batch, mask in zip(tokens, real, strict=True):
@@ -261,6 +198,15 @@ def hidden_states(model: Model, tokens: Int32[Array, "batch time"]) -> Float[Arr
     return x
 
 
+def check_no_lora(model: Model, action: str) -> None:
+    """Raise ValueError where adapters are beside layers, which `action` would lose."""
+    if any(LORA in block for block in model.params["layers"]):
+        raise ValueError(
+            f"the model carries LoRA adapters, and cannot be {action}: take the model without them, and store them by "
+            "save_lora, or merge_lora first."
+        )
+
+
 def check_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "batch time"]:
     """`tokens` as an int32 array, or ValueError saying what is wrong with them."""
     if not isinstance(tokens, jax.Array):
@@ -272,7 +218,8 @@ def check_tokens(tokens: Any, vocab_size: int) -> Int32[Array, "batch time"]:
     if tokens.size == 0:
         raise ValueError(f"tokens have shape {tokens.shape}: pass at least one.")
     if not isinstance(tokens, jax.core.Tracer):
-        low, high = int(tokens.min()), int(tokens.max())
+        with jax.ensure_compile_time_eval():  # known tokens may meet traced parameters
+            low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"tokens span {low}..{high}, but the vocabulary is 0..{vocab_size - 1}.")
     return jnp.asarray(tokens, jnp.int32)

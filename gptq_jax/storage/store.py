@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from gptq_jax.models.adapted import AdaptedModel
-from gptq_jax.models.base import Architecture, Model
+from gptq_jax.models.base import Architecture, Model, check_no_lora
 from gptq_jax.models.registry import architecture_from_config
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.adapted import ADAPTED, AdaptedTree, adapted_again, stored_form
@@ -54,11 +54,15 @@ def save(model: Model | AdaptedModel, path: str | os.PathLike[str], *, overwrite
 
     Raises:
         OSError: see `check_target`.
-        ValueError: the model's weights are prepared to run.
+        ValueError: the model's weights are prepared to run, or carry LoRA adapters.
     """
     import orbax.checkpoint as ocp
 
-    params, source = stored_form(model) if isinstance(model, AdaptedModel) else (model.params, model.source)
+    if isinstance(model, AdaptedModel):
+        params, source = stored_form(model)
+    else:
+        check_no_lora(model, "saved")
+        params, source = model.params, model.source
     prepared = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PreparedWeight))
     if any(isinstance(leaf, PreparedWeight) for leaf in prepared):
         raise ValueError("the model's weights are prepared to run here: save the model it was prepared from.")

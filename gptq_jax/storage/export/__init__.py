@@ -6,7 +6,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from gptq_jax.models.base import Model
+from gptq_jax.models.base import Model, check_no_lora
 from gptq_jax.storage.directory import check_target
 from gptq_jax.storage.export import compressed_tensors, floats, gptq
 from gptq_jax.storage.export.base import Options, check_dtype, default_dtype, parse_size, write_directory
@@ -74,6 +74,7 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}.")
+    check_no_lora(model, "exported")
     options = Options(
         dtype=default_dtype(model) if dtype is None else check_dtype(dtype),
         max_shard_size=parse_size(max_shard_size),

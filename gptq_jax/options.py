@@ -1,0 +1,80 @@
+"""Arguments and options that commands share."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = (
+    "A directory with config.json and *.safetensors or flax_model.msgpack, a .gguf file, a Hub id, or a directory this "
+    "tool wrote."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ArchConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="config.json",
+        help="Of MODEL's architecture, where MODEL is an Orbax checkpoint of parameters or a .msgpack file.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
+
+
+class Dtype(StrEnum):
+    """Of what stays float."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Order(StrEnum):
+    """In which inputs are rounded."""
+
+    natural = "natural"
+    activation = "activation"
+    group = "group"
+
+
+class GridName(StrEnum):
+    """How scales are fitted."""
+
+    minmax = "minmax"
+    mse = "mse"
+    ldl = "ldl"
+
+
+class ExportDtype(StrEnum):
+    """Of what an export leaves float."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Parallel(StrEnum):
+    """How many devices are run."""
+
+    jit = "jit"
+    pmap = "pmap"
+
+
+class Format(StrEnum):
+    """Of an export."""
+
+    gptq = "gptq"
+    gptq_v2 = "gptq_v2"
+    compressed_tensors = "compressed-tensors"
+    float = "float"
+    gguf = "gguf"
+
+
+DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
+
+
+def integers(option: str, text: str) -> list[int]:
+    """Numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r} is no list of integers: give one like 4 or 8,4,3.") from None
