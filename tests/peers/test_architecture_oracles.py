@@ -16,7 +16,7 @@ SCRIPT = Path(cases.__file__).parent / "oracles" / "make_architecture_oracles.py
 
 def test_transformers_has_the_same_logits(tmp_path):
     if importlib.util.find_spec("torch") is None:
-        pytest.skip("no torch: tests/peers/requirements.txt lists what is needed")
+        pytest.skip("no torch: tests/peers/requirements-exports.txt lists what is needed")
     child = [sys.executable, str(SCRIPT), str(tmp_path)]
     result = subprocess.run(child, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stderr[-3000:]

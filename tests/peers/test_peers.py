@@ -24,7 +24,7 @@ NEW_TOKENS = 32
 def peers():
     missing = [name for name in ("torch", "gptqmodel", "compressed_tensors") if importlib.util.find_spec(name) is None]
     if missing:
-        pytest.skip(f"no {', '.join(missing)}: tests/peers/requirements.txt lists what is needed")
+        pytest.skip(f"no {', '.join(missing)}: tests/peers/requirements-exports.txt lists what is needed")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.peers, pytest.mark.timeout(600)]
 
 def test_the_same_logits_in_peft(tmp_path):
     if importlib.util.find_spec("peft") is None:
-        pytest.skip("no peft: tests/peers/requirements.txt lists what is needed")
+        pytest.skip("no peft: tests/peers/requirements-exports.txt lists what is needed")
     model, _ = packed_model()
     rng = np.random.default_rng(0)
     adapters = {
