@@ -72,6 +72,8 @@ def export(
         ValueError: the format cannot hold the model, naming the layers and what to do.
         OSError: see `gptq_jax.storage.directory.check_target`.
     """
+    if not isinstance(model, Model):
+        raise TypeError("only supplied architectures are exported: other tools know no module of one's own.")
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}.")
     check_no_lora(model, "exported")
