@@ -53,17 +53,7 @@ def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) ->
             params = config.abstract_params()
             kind = source.format
     measured = {layer["path"]: layer for layer in (report or {}).get("layers", [])}
-    layers = []
-    leaves = jax.tree_util.tree_leaves_with_path(
-        params["layers"], is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
-    )
-    head = params["head"].get("lm_head", {}).get("kernel")
-    for key, leaf in leaves:
-        name = "layers." + jax.tree_util.keystr(key, simple=True, separator=".")
-        if name.endswith(".kernel"):
-            layers.append(_layer(name.removesuffix(".kernel"), leaf, measured))
-    if isinstance(head, QuantizedTensor):
-        layers.append(_layer("head.lm_head", head, measured))
+    layers = [_layer(name, leaf, measured) for name, leaf in _kernels(params)]
     quantized = [layer for layer in layers if layer["spec"] is not None]
     weights = sum(math.prod(layer["shape"]) for layer in quantized)
     return {
@@ -77,6 +67,21 @@ def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) ->
         "kept_float": (report or {}).get("kept_float", {}),
         "settings": (report or {}).get("settings", {}),
     }
+
+
+def _kernels(params: Any) -> list[tuple[str, Any]]:
+    """Kernels by the path of their layer: of all blocks and a packed head, or what a user's own module has packed."""
+    own = "layers" not in params
+    leaves = jax.tree_util.tree_leaves_with_path(
+        params["params"] if own else params["layers"], is_leaf=lambda leaf: isinstance(leaf, QuantizedTensor)
+    )
+    found = []
+    for key, leaf in leaves:
+        name = ("" if own else "layers.") + jax.tree_util.keystr(key, simple=True, separator=".")
+        if isinstance(leaf, QuantizedTensor) if own else name.endswith(".kernel"):
+            found.append((name.removesuffix(".kernel"), leaf))
+    head = None if own else params["head"].get("lm_head", {}).get("kernel")
+    return [*found, ("head.lm_head", head)] if isinstance(head, QuantizedTensor) else found
 
 
 def _layer(name: str, leaf: Any, measured: dict[str, Any]) -> dict[str, Any]:

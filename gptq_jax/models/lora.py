@@ -49,6 +49,8 @@ def lora(
     Raises:
         ValueError: a rank or alpha that is not positive, or `targets` matches no layer.
     """
+    if not isinstance(model, Model):
+        raise TypeError("adapters are for supplied architectures: a module of one's own has no places for them.")
     if rank < 1:
         raise ValueError(f"rank={rank} must be positive.")
     alpha = 2.0 * rank if alpha is None else float(alpha)

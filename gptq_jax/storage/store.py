@@ -137,7 +137,7 @@ def load_store(
     )
 
 
-def read_shapes(path: Path) -> tuple[Architecture, Any, dict[str, Any] | None]:
+def read_shapes(path: Path) -> tuple[Architecture | AdaptedTree, Any, dict[str, Any] | None]:
     """The architecture, the parameters as shapes (packed ones as QuantizedTensors of shapes), and the report."""
     path = path.absolute()
     manifest = read_manifest(path)

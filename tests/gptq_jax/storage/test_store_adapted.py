@@ -17,6 +17,7 @@ from tiny_quantization import float_model
 
 import gptq_jax
 from gptq_jax import CheckpointError, QuantSpec, adapt, rtn
+from gptq_jax.inspection import inspect_model
 from gptq_jax.storage.store import MANIFEST, manifest_digest
 
 TOKENS = np.random.default_rng(0).integers(0, own_modules.VOCAB, (2, 8), dtype=np.int32)
@@ -90,6 +91,16 @@ def test_plain_orbax_restores_the_arrays(tmp_path):
     up = model.params["layers_0"]["up"]
     np.testing.assert_array_equal(arrays["params"]["layers_0"]["up"]["kernel"]["codes"], up["kernel"].codes)
     np.testing.assert_array_equal(arrays["params"]["layers_0"]["up"]["bias"], up["bias"])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_inspect(scan, tmp_path):
+    gptq_jax.save(packed("nnx", scan), tmp_path / "out")
+    found = inspect_model(str(tmp_path / "out"))
+    shapes = {layer["path"]: layer["shape"] for layer in found["layers"]}
+    assert shapes["layers.down" if scan else "layers.0.down"] == ([2, 64, 32] if scan else [64, 32])
+    assert found["quantized_layers"] == (5 if scan else 10)
+    assert found["kept_float"]["embed.embedding"] == "it is looked up by index"
 
 
 def test_modules_that_are_missing_or_others(tmp_path):
