@@ -18,7 +18,6 @@ from gptq_jax.bench.timing import Yardstick, measure_yardstick, seconds_each
 from gptq_jax.block import BlockTask, quantize_block
 from gptq_jax.generate import generate_tokens
 from gptq_jax.methods.gptq import GPTQOptions, gptq, solve_layer
-from gptq_jax.models.base import linear_paths
 from gptq_jax.models.decoder import DecoderConfig
 from gptq_jax.models.prepared import prepare
 from gptq_jax.spec import QuantSpec
@@ -293,24 +292,26 @@ def block(context: Context) -> Rows:
     """One block with random weights and inputs: capture, Hessians, solve and replay."""
     scale, config = context.scale, replace(context.scale.small, num_layers=1)
     dtype = context.yardstick.dtype
-    params = decode.random_model(config, None, dtype, 1).params["layers"][0]
+    (one,) = decode.random_model(config, None, dtype, 1).blocks()
     size = min(8, scale.block_samples)
     shape = (size, scale.block_length, config.hidden_size)
     make = partial(jax.random.normal, shape=shape, dtype=jnp.dtype(dtype))
     for samples in (size, scale.block_samples):  # the first compiles
         stream = [make(jax.random.key(batch)) for batch in range(samples // size)]
         task = BlockTask(
-            config=config,
-            kind="decoder",
-            prefix="layers.0.",
-            specs=dict.fromkeys(linear_paths(config, "decoder"), QuantSpec(scale_dtype="float16")),
+            block=one,
+            specs={path: QuantSpec(scale_dtype="float16") for group in one.groups for path in group},
             method=gptq(),
             masks=[None] * len(stream),
         )
         losses: list[float] = []
         start = time.perf_counter()
         _, out = quantize_block(
-            task, params, stream, true_sequential=True, done=lambda report, losses=losses: losses.append(report.loss)
+            task,
+            one.params,
+            stream,
+            true_sequential=True,
+            done=lambda report, losses=losses: losses.append(report.loss),
         )
         jax.block_until_ready(out)
         seconds = time.perf_counter() - start

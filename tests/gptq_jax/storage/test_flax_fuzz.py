@@ -85,4 +85,4 @@ def test_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_many_bytes(tmp_path):
-    fuzz(tmp_path, range(150, 5150))
+    fuzz(tmp_path, range(150, 1650))
