@@ -21,7 +21,8 @@ from gptq_jax.inspection import inspect_model
 from gptq_jax.storage.store import MANIFEST, manifest_digest
 
 TOKENS = np.random.default_rng(0).integers(0, own_modules.VOCAB, (2, 8), dtype=np.int32)
-CASES = [("linen", False), ("linen", True), ("nnx", False), ("nnx", True)]
+APART = [("linen", False), ("nnx", True)]
+CASES = [("linen", True), ("nnx", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in APART)]
 
 
 @lru_cache
@@ -58,10 +59,10 @@ def test_a_float_model_too(tmp_path):
 
 
 def test_a_module_of_shapes_will_do(tmp_path):
-    gptq_jax.save(packed("nnx", True), tmp_path / "out")
-    abstract = nnx.eval_shape(lambda: own_modules.in_nnx(scan=True))
+    gptq_jax.save(packed("nnx", False), tmp_path / "out")
+    abstract = nnx.eval_shape(lambda: own_modules.in_nnx(scan=False))
     loaded = gptq_jax.load(tmp_path / "out", module=abstract)
-    np.testing.assert_array_equal(loaded(TOKENS), packed("nnx", True)(TOKENS))
+    np.testing.assert_array_equal(loaded(TOKENS), packed("nnx", False)(TOKENS))
 
 
 class Normalized(nnx.Module):
@@ -84,23 +85,26 @@ def test_state_beside_the_parameters_is_kept(tmp_path):
 def test_plain_orbax_restores_the_arrays(tmp_path):
     import orbax.checkpoint as ocp
 
-    model = packed("linen", False)
+    model = packed("linen", True)
     gptq_jax.save(model, tmp_path / "out")
     with ocp.PyTreeCheckpointer() as checkpointer:
         arrays = checkpointer.restore(tmp_path / "out" / "arrays")
-    up = model.params["layers_0"]["up"]
-    np.testing.assert_array_equal(arrays["params"]["layers_0"]["up"]["kernel"]["codes"], up["kernel"].codes)
-    np.testing.assert_array_equal(arrays["params"]["layers_0"]["up"]["bias"], up["bias"])
+    up = model.params["layers"]["up"]
+    np.testing.assert_array_equal(arrays["params"]["layers"]["up"]["kernel"]["codes"], up["kernel"].codes)
+    np.testing.assert_array_equal(arrays["params"]["layers"]["up"]["bias"], up["bias"])
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_inspect(scan, tmp_path):
-    gptq_jax.save(packed("nnx", scan), tmp_path / "out")
-    found = inspect_model(str(tmp_path / "out"))
-    shapes = {layer["path"]: layer["shape"] for layer in found["layers"]}
-    assert shapes["layers.down" if scan else "layers.0.down"] == ([2, 64, 32] if scan else [64, 32])
-    assert found["quantized_layers"] == (5 if scan else 10)
-    assert found["kept_float"]["embed.embedding"] == "it is looked up by index"
+def test_inspect(tmp_path):
+    gptq_jax.save(packed("linen", True), tmp_path / "stacked")
+    gptq_jax.save(packed("nnx", False), tmp_path / "apart")
+    stacked, apart = (inspect_model(str(tmp_path / name)) for name in ("stacked", "apart"))
+    stacked_shapes, shapes = (
+        {layer["path"]: layer["shape"] for layer in found["layers"]} for found in (stacked, apart)
+    )
+    assert stacked_shapes["layers.down"] == [2, 64, 32]
+    assert shapes["layers.0.down"] == [64, 32]
+    assert (stacked["quantized_layers"], apart["quantized_layers"]) == (6, 10)
+    assert apart["kept_float"]["embed.embedding"] == "it is looked up by index"
 
 
 def test_modules_that_are_missing_or_others(tmp_path):
