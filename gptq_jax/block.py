@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from gptq_jax.hessian import output_energy
 from gptq_jax.hooks.experts import Routed
-from gptq_jax.hooks.nnx import Input, Params
+from gptq_jax.hooks.nnx import Input, Params, kernel_of, with_kernel
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.quantizable import Block
@@ -132,8 +132,8 @@ def quantize_block(
         observed = _observe(task, working, stream, known if true_sequential else [{} for _ in stream], stage)
         for group, said in zip(stage, observed, strict=True):
             for path, tensor, report in _solve(task, params, group, said):
-                packed = _replace(packed, path, tensor)
-                working = _replace(working, path, tensor.dequantize(_kernel(params, path).dtype))
+                packed = with_kernel(packed, path, tensor)
+                working = with_kernel(working, path, tensor.dequantize(kernel_of(params, path).dtype))
                 done(report)
     return packed, task.run(working, stream, known)
 
@@ -150,8 +150,8 @@ def _observe(
     stats: dict[str, Any] = {}
     tokens, expected = dict.fromkeys(wanted, 0), dict.fromkeys(wanted, 0)
     for path, group in zip(wanted, groups, strict=True):
-        *stack, d_in, _ = _kernel(params, path).shape
-        d_out = sum(_kernel(params, member).shape[-1] for member in group)
+        *stack, d_in, _ = kernel_of(params, path).shape
+        d_out = sum(kernel_of(params, member).shape[-1] for member in group)
         stats[path] = init_experts(method, stack[0], d_in, d_out) if stack else method.init(d_in, d_out)
     kept = _nbytes(known)
     for x, mask, inputs in zip(stream, task.masks, known, strict=True):
@@ -223,7 +223,7 @@ def _solve(
         assert spec is not None  # only targeted layers come here
         same_spec[spec].append(path)
     for spec, paths in same_spec.items():
-        kernels = [_kernel(params, path) for path in paths]
+        kernels = [kernel_of(params, path) for path in paths]
         weight = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=-1)
         start = time.perf_counter()
         with task.clock("solve") as ready:
@@ -328,17 +328,3 @@ def _jit(function: Callable[..., Any], static: int | None = None, donate: int | 
         static_argnums=() if static is None else static,
         donate_argnums=() if donate is None else donate,
     )
-
-
-def _kernel(params: Params, path: str) -> Any:
-    """The kernel of the layer at a dotted path."""
-    for name in path.split("."):
-        params = params[name]
-    return params["kernel"]
-
-
-def _replace(params: Params, path: str, kernel: Any) -> Params:
-    """`params` with another kernel in the layer at a dotted path."""
-    name, _, rest = path.partition(".")
-    changed = _replace(params[name], rest, kernel) if rest else {**params[name], "kernel": kernel}
-    return {**params, name: changed}

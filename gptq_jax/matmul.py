@@ -83,6 +83,17 @@ def explain(
     return api.explain(describe(packed_weight(weight), tokens, x_dtype, platform))
 
 
+def is_packed(value: Any) -> bool:
+    """Whether it is a packed weight, as it is stored or prepared to run."""
+    return isinstance(value, QuantizedTensor | api.PreparedWeight)
+
+
+def holds_prepared(params: Any) -> bool:
+    """Whether any weight in a tree of parameters is prepared to run here."""
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    return any(isinstance(leaf, api.PreparedWeight) for leaf in leaves)
+
+
 def packed_weight(tensor: QuantizedTensor) -> PackedWeight:
     """The same arrays as `pallas_kernels` takes them."""
     return PackedWeight(

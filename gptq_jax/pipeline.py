@@ -10,14 +10,13 @@ import jax.numpy as jnp
 
 from gptq_jax.block import BlockTask, Clock, quantize_block
 from gptq_jax.calibration import Batch
+from gptq_jax.matmul import is_packed
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.models.base import Model
 from gptq_jax.models.quantizable import BlockModel, Calibration
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
-from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels.api import PreparedWeight
 
 Quantizable = TypeVar("Quantizable", bound=BlockModel)
 QUANTIZED = "the model is quantized already: load the float one it was made from."
@@ -145,9 +144,7 @@ def block_specs(calibration: Calibration, rules: SpecRules) -> dict[str, QuantSp
 
 def is_quantized(model: BlockModel) -> bool:
     """Whether any kernel is packed, as it is stored or prepared to run."""
-    packed = QuantizedTensor | PreparedWeight
-    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, packed))
-    return any(isinstance(leaf, packed) for leaf in leaves)
+    return any(map(is_packed, jax.tree.leaves(model.params, is_leaf=is_packed)))
 
 
 def check_weights(model: BlockModel) -> None:

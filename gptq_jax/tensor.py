@@ -64,7 +64,7 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*experts d_in d_out"]:
         """The float weight."""
-        if self.codes.ndim == 3:
+        if self.codes.ndim > 2:
             return _dequantize_stack(self, jnp.dtype(dtype).name)
         return reference.dequantize(
             self.codes,
@@ -78,7 +78,7 @@ class QuantizedTensor:
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _dequantize_stack(tensor: QuantizedTensor, dtype: str) -> Float[Array, "experts d_in d_out"]:
+def _dequantize_stack(tensor: QuantizedTensor, dtype: str) -> Float[Array, "*experts d_in d_out"]:
     """One expert after another, so that only the result is as large as all of them."""
     return jax.lax.map(lambda one: one.dequantize(dtype), tensor)
 

@@ -80,3 +80,22 @@ def accepts(directory, files):
         else:
             assert np.isfinite(np.asarray(leaf)).all()
     return True
+
+
+def edit(rng, data, at, kind):
+    """Change a file's bytes in place: replace or flip one, insert some, remove some, or repeat some (`kind` 0 to 4)."""
+    if kind == 0:
+        data[at] = rng.randrange(256)
+    elif kind == 1:
+        data[at] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 5)))
+    elif kind == 3:
+        del data[at : at + rng.randrange(1, 9)]
+    else:
+        data[at:at] = data[at : at + rng.randrange(1, 65)]
+
+
+def perhaps_cut(rng, data):
+    """The bytes, one time in twenty cut off."""
+    return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.05 else data)

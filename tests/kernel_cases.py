@@ -1,10 +1,22 @@
-"""The cases of tests/packed_weights.py as the kernels take them."""
+"""The cases of tests/packed_weights.py as the kernels take them, and a problem of Llama's size on a GPU."""
 
 import jax.numpy as jnp
 import numpy as np
 import packed_weights
 
-from pallas_kernels.weight import PackedWeight
+from pallas_kernels.weight import PackedWeight, Problem
+
+PROBLEM = Problem(
+    tokens=16,
+    x_dtype="bfloat16",
+    d_in=4096,
+    d_out=11008,
+    bits=4,
+    group_rows=128,
+    zeros=None,
+    permuted=False,
+    platform="gpu",
+)
 
 
 def packed(case: packed_weights.Case) -> PackedWeight:

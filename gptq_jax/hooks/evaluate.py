@@ -12,7 +12,6 @@ from jaxtyping import Array, Shaped
 from gptq_jax.hooks.layout import Factor, Layout, rearrange, view_of
 from gptq_jax.hooks.program import Entry, Product, Program, Ref, Root, Step
 from gptq_jax.matmul import matmul
-from gptq_jax.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Held:
 
     def seen(self, ref: Ref) -> Shaped[Array, "..."]:
         """The float parameter as `ref` sees it."""
-        array = self.value if isinstance(self.value, jax.Array) else dense(self.value)
+        array = self.value if isinstance(self.value, jax.Array) else self.value.dequantize()
         return rearrange(array, self.factors, ref.view).astype(ref.dtype)
 
 
@@ -38,13 +37,6 @@ def hold(value: Any, layout: Layout | None) -> Held:
     if layout is not None:
         return Held(value, layout.factors)
     return Held(value, tuple(factor for axis in view_of(value.shape) for factor in axis))
-
-
-def dense(value: Any) -> Shaped[Array, "..."]:
-    """A packed matrix as float32, stacked ones too."""
-    if isinstance(value, QuantizedTensor) and len(value.shape) > 2:
-        return jax.vmap(dense)(value)
-    return value.dequantize()
 
 
 def evaluate(
@@ -142,5 +134,5 @@ def _stacked(found: Held, ref: Ref) -> Held:
             return Held(found.value.reshape([factor.size for factor in found.factors]), found.factors)
         return found
     order = (first, *(factor for factor in found.factors if factor != first))
-    array = found.value if isinstance(found.value, jax.Array) else dense(found.value)
+    array = found.value if isinstance(found.value, jax.Array) else found.value.dequantize()
     return Held(rearrange(array, found.factors, tuple((factor,) for factor in order)), order)

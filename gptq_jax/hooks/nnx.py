@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from gptq_jax.hooks.experts import ExpertLinear, QuantizedExpertLinear, Routed, is_stacked
 from gptq_jax.hooks.low_rank import LORA, LowRankLinear
-from gptq_jax.matmul import grouped_matmul, matmul
+from gptq_jax.matmul import grouped_matmul, is_packed, matmul
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
 
@@ -155,12 +155,32 @@ def _fill(module: Any, params: Params) -> None:
             raise ValueError(f"parameter {name!r} has no place in {type(module).__name__}.")
         if not isinstance(value, dict):
             setattr(module, name, nnx.Param(value))
-        elif isinstance(value.get("kernel"), QuantizedTensor | PreparedWeight):
+        elif is_packed(value.get("kernel")):
             kernel = value["kernel"]
             packed = QuantizedExpertLinear(kernel) if is_stacked(kernel) else QuantizedLinear(kernel, value.get("bias"))
             setattr(module, name, packed)
         else:
             _fill(getattr(module, name), value)
+
+
+def kernel_of(params: Params, path: str) -> Any:
+    """The kernel of the layer at a dotted path."""
+    for name in path.split("."):
+        params = params[name]
+    return params["kernel"]
+
+
+def with_kernel(params: Params, path: str, kernel: Any) -> Params:
+    """`params` with another kernel in the layer at a dotted path; without any where it is None."""
+    name, _, rest = path.partition(".")
+    layer = params[name]
+    if rest:
+        changed = with_kernel(layer, rest, kernel)
+    else:
+        changed = {key: value for key, value in layer.items() if key != "kernel"}
+        if kernel is not None:
+            changed["kernel"] = kernel
+    return {**params, name: changed}
 
 
 def float_layers(module: nnx.Module) -> dict[str, str]:

@@ -14,16 +14,15 @@ import numpy as np
 from flax import nnx
 from flax.core import unfreeze
 
-from gptq_jax.hooks.evaluate import dense, evaluate, hold, results
+from gptq_jax.hooks.evaluate import evaluate, hold, results
 from gptq_jax.hooks.layout import Layout
 from gptq_jax.hooks.linen import LinenFunction
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.hooks.nnx_function import NnxFunction
 from gptq_jax.hooks.program import Program, Root, trace
+from gptq_jax.matmul import is_packed
 from gptq_jax.models.adapted_blocks import Plan
 from gptq_jax.models.quantizable import Calibration
-from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels.api import PreparedWeight
 
 IsBlock = Callable[[str, Any], bool]
 
@@ -112,7 +111,7 @@ class AdaptedModel:
     def by_path(self) -> dict[str, Any]:
         """The parameters by dotted path."""
         return {
-            name_of(where): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(self.params, is_leaf=_is_packed)
+            name_of(where): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_packed)
         }
 
     def float_params(self) -> Any:
@@ -120,9 +119,9 @@ class AdaptedModel:
 
         def unpacked(where: Any, leaf: Any) -> Any:
             layout = self.layouts.get(name_of(where))
-            return leaf if layout is None else layout.parameter(dense(leaf)).astype(layout.dtype)
+            return leaf if layout is None else layout.parameter(leaf.dequantize()).astype(layout.dtype)
 
-        return jax.tree_util.tree_map_with_path(unpacked, self.params, is_leaf=_is_packed)
+        return jax.tree_util.tree_map_with_path(unpacked, self.params, is_leaf=is_packed)
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """For JAX."""
@@ -266,7 +265,7 @@ def _trace(
 ) -> tuple[Program, Any]:
     """The program of a call with the float parameters, and the structure of what it returns."""
     paths = model.by_path()
-    params = jax.tree.structure(model.params, is_leaf=_is_packed)
+    params = jax.tree.structure(model.params, is_leaf=is_packed)
     state, structure = jax.tree.flatten(model.state)
 
     def call(leaves: dict[str, Any], given: list[Any]) -> Any:
@@ -281,10 +280,6 @@ def _trace(
 def _float_shape(leaf: Any, layout: Layout | None) -> jax.ShapeDtypeStruct:
     """Of a parameter before it was packed."""
     return jax.ShapeDtypeStruct(*((leaf.shape, leaf.dtype) if layout is None else (layout.shape, layout.dtype)))
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedTensor | PreparedWeight)
 
 
 def name_of(where: Any) -> str:

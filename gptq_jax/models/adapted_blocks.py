@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from gptq_jax.hooks.layout import Factor, Layout, rearrange, view_of
-from gptq_jax.hooks.nnx import Params
+from gptq_jax.hooks.nnx import Params, kernel_of
 from gptq_jax.hooks.program import InLayer, Product, Program, Ref, Root, Trail
 from gptq_jax.hooks.segment import Segment, capture, run, segment_of
 from gptq_jax.tensor import QuantizedTensor
@@ -194,7 +194,7 @@ class Plan:
     def weights(self, block: int, params: Params) -> list[Any]:
         """The parameters of a block in the order of its part's."""
         return [
-            _get(params, self.layers[root].path) if root in self.layers else params[_FLOAT][root]
+            kernel_of(params, self.layers[root].path) if root in self.layers else params[_FLOAT][root]
             for root in self.parts[block].roots
         ]
 
@@ -253,7 +253,7 @@ class Plan:
         found: dict[str, list[tuple[tuple[int, ...], QuantizedTensor]]] = {}
         layouts = {}
         for root, layer in self.layers.items():
-            kernel = _get(blocks[layer.block], layer.path)
+            kernel = kernel_of(blocks[layer.block], layer.path)
             if isinstance(kernel, QuantizedTensor):
                 found.setdefault(root.path, []).append((root.turns, kernel))
                 layouts[root.path] = layer.layout
@@ -356,12 +356,6 @@ def _stack(slices: list[tuple[tuple[int, ...], QuantizedTensor]], layout: Layout
 def _with_groups(tensor: QuantizedTensor) -> QuantizedTensor:
     rows = jnp.arange(tensor.d_in, dtype=jnp.int32) // tensor.spec.group_rows(tensor.d_in)
     return replace(tensor, group_of_row=rows)
-
-
-def _get(params: Params, path: str) -> Any:
-    for name in path.split("."):
-        params = params[name]
-    return params["kernel"]
 
 
 def _put(params: Params, path: str, kernel: Any) -> None:

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from gptq_jax.hooks.low_rank import LORA, LowRank
-from gptq_jax.hooks.nnx import FUSED, Params
+from gptq_jax.hooks.nnx import FUSED, Params, kernel_of
+from gptq_jax.matmul import holds_prepared
 from gptq_jax.models.base import Model, linear_paths
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.api import PreparedWeight
@@ -109,7 +110,7 @@ def merge_lora(model: Model, adapters: Mapping[str, LowRank], *, dtype: DTypeLik
     Raises:
         ValueError: as for `with_lora`, or the model's weights are prepared to run.
     """
-    if any(isinstance(leaf, PreparedWeight) for leaf in _leaves(model.params)):
+    if holds_prepared(model.params):
         raise ValueError("the model's weights are prepared to run here: merge into the model it was prepared from.")
 
     def merged(params: Any, added: Mapping[str, LowRank], path: str) -> Any:
@@ -151,14 +152,7 @@ def _fused_sizes(block: Params) -> dict[str, tuple[int, int]]:
 
 def _shape(block: Params, path: str) -> tuple[int, int] | None:
     """Of the kernel at a path; None where experts are stacked."""
-    for name in path.split("."):
-        block = block[name]
-    kernel: Array | QuantizedTensor | PreparedWeight = block["kernel"]
+    kernel: Array | QuantizedTensor | PreparedWeight = kernel_of(block, path)
     if isinstance(kernel, PreparedWeight):
         return None if kernel.problem.experts else (kernel.d_in, kernel.d_out)
     return None if len(kernel.shape) > 2 else (kernel.shape[0], kernel.shape[1])
-
-
-def _leaves(params: Params) -> list[Any]:
-    packed = QuantizedTensor | PreparedWeight
-    return jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, packed))

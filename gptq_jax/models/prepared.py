@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptq_jax.hooks.nnx import FUSED, FusedWeight, Params
+from gptq_jax.hooks.nnx import FUSED, FusedWeight, Params, kernel_of, with_kernel
 from gptq_jax.matmul import packed_weight
 from gptq_jax.models.base import Architecture, Model, embed, input_groups
 from gptq_jax.tensor import QuantizedTensor
@@ -71,7 +71,7 @@ def prepare_block(
                 sizes = tuple(weight.d_out for weight in weights)
                 fused.append(FusedWeight(weight=prepared, paths=tuple(paths), sizes=sizes))
             for path in paths:
-                params = _with_kernel(params, path.split("."), prepared if len(paths) == 1 else None)
+                params = with_kernel(params, path, prepared if len(paths) == 1 else None)
     return {**params, FUSED: fused} if fused else params
 
 
@@ -96,23 +96,9 @@ def _alike(params: Params, group: tuple[str, ...]) -> list[list[str]]:
     return found
 
 
-def _layer(params: Params, path: str) -> Params:
-    for name in path.split("."):
-        params = params[name]
-    return params
-
-
 def _packed(params: Params, path: str) -> bool:
-    return isinstance(_layer(params, path)["kernel"], QuantizedTensor)
+    return isinstance(kernel_of(params, path), QuantizedTensor)
 
 
 def _weight(params: Params, path: str) -> PackedWeight:
-    return packed_weight(_layer(params, path)["kernel"])
-
-
-def _with_kernel(params: Params, path: list[str], kernel: Any) -> Params:
-    """`params` with another kernel in the layer at `path`; without any where it is None."""
-    if not path:
-        rest = {name: value for name, value in params.items() if name != "kernel"}
-        return rest if kernel is None else {**rest, "kernel": kernel}
-    return {**params, path[0]: _with_kernel(params[path[0]], path[1:], kernel)}
+    return packed_weight(kernel_of(params, path))

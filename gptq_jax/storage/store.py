@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptq_jax.matmul import holds_prepared
 from gptq_jax.models.adapted import AdaptedModel
 from gptq_jax.models.base import Architecture, Model, check_no_lora
 from gptq_jax.models.registry import architecture_from_config
@@ -28,7 +29,6 @@ from gptq_jax.storage.directory import STORE_MARK as MANIFEST
 from gptq_jax.storage.directory import check_target, replacing, write_json
 from gptq_jax.storage.sharding import Placement, one_device
 from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels.api import PreparedWeight
 from pallas_kernels.packing import packed_words
 
 VERSION = 1
@@ -63,8 +63,7 @@ def save(model: Model | AdaptedModel, path: str | os.PathLike[str], *, overwrite
     else:
         check_no_lora(model, "saved")
         params, source = model.params, model.source
-    prepared = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PreparedWeight))
-    if any(isinstance(leaf, PreparedWeight) for leaf in prepared):
+    if holds_prepared(params):
         raise ValueError("the model's weights are prepared to run here: save the model it was prepared from.")
     path = Path(path).absolute()
     check_target(path, overwrite=overwrite, nbytes=tree_bytes(params))

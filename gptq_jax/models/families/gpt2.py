@@ -6,6 +6,15 @@ from gptq_jax.models.attention import Scores
 from gptq_jax.models.families.base import Family, Fields, by_layer_type
 from gptq_jax.models.names import Names
 
+RENAMED = {  # GPT-J has them too
+    "hidden_size": ("n_embd",),
+    "num_hidden_layers": ("n_layer",),
+    "num_attention_heads": ("n_head",),
+    "max_position_embeddings": ("n_positions",),
+    "intermediate_size": ("n_inner",),
+    "hidden_act": ("activation_function",),
+    "rms_norm_eps": ("layer_norm_epsilon",),
+}
 _NAMES = {
     "blocks": "transformer.h",
     "embedding": "transformer.wte",
@@ -45,15 +54,7 @@ def _gpt_neo(fields: Fields) -> dict[str, Any]:
 
 
 GPT2 = Family(
-    renamed={
-        "hidden_size": ("n_embd",),
-        "num_hidden_layers": ("n_layer",),
-        "num_attention_heads": ("n_head",),
-        "max_position_embeddings": ("n_positions",),
-        "intermediate_size": ("n_inner",),
-        "hidden_act": ("activation_function",),
-        "rms_norm_eps": ("layer_norm_epsilon",),
-    },
+    renamed=RENAMED,
     defaults={
         **_DEFAULTS,
         "max_position_embeddings": 1024,

@@ -3,6 +3,7 @@
 from typing import Any
 
 from gptq_jax.models.families.base import Family, Fields
+from gptq_jax.models.families.gpt2 import RENAMED
 from gptq_jax.models.names import Names
 from gptq_jax.models.rope import Rope
 
@@ -15,15 +16,7 @@ def _rotation(fields: Fields) -> dict[str, Any]:
 
 
 GPTJ = Family(
-    renamed={
-        "hidden_size": ("n_embd",),
-        "num_hidden_layers": ("n_layer",),
-        "num_attention_heads": ("n_head",),
-        "max_position_embeddings": ("n_positions",),
-        "intermediate_size": ("n_inner",),
-        "hidden_act": ("activation_function",),
-        "rms_norm_eps": ("layer_norm_epsilon",),
-    },
+    renamed=RENAMED,
     defaults={"max_position_embeddings": 2048, "hidden_act": "gelu_new", "rms_norm_eps": 1e-5, "rotary_dim": 64},
     fixed={
         "sliding_window": None,

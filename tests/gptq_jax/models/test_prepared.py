@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from tiny_quantization import float_model
 
-from gptq_jax.block import _replace
 from gptq_jax.generate import generate_tokens
-from gptq_jax.hooks.nnx import FUSED, bind, linear_layers, record_inputs
+from gptq_jax.hooks.nnx import FUSED, bind, linear_layers, record_inputs, with_kernel
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.base import capture_block, linear_paths
 from gptq_jax.models.prepared import prepare
@@ -33,7 +32,7 @@ def quantized(model, spec_of=lambda path: SPEC):
         for path in linear_paths(model.config, "decoder"):
             if (spec := spec_of(path)) is not None:
                 parent, name = path.split(".")
-                params = _replace(params, path, round_to_nearest(params[parent][name]["kernel"], spec))
+                params = with_kernel(params, path, round_to_nearest(params[parent][name]["kernel"], spec))
         return params
 
     return replace(model, params={**model.params, "layers": [block(params) for params in model.params["layers"]]})
@@ -83,7 +82,7 @@ def test_orders_of_inputs_that_differ_are_left_apart():
     params = model.params["layers"][0]
     for path, seed in zip((*QKV, *GATE_UP), (1, 1, 2, 3, 3), strict=True):
         parent, name = path.split(".")
-        params = _replace(params, path, ordered(params[parent][name]["kernel"], seed))
+        params = with_kernel(params, path, ordered(params[parent][name]["kernel"], seed))
     model = replace(model, params={**model.params, "layers": [params, model.params["layers"][1]]})
     ready = prepare(model)
     assert fused_paths(ready) == [QKV[:2], GATE_UP]

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from damaged import accepts
+from damaged import accepts, edit, perhaps_cut
 from flax import serialization
 from flax_checkpoints import ORACLES, tree
 
@@ -43,18 +43,8 @@ def mutated(rng, content, places):
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = min(rng.choice(places) if places and rng.random() < 0.9 else rng.randrange(len(data)), len(data) - 1)
-        kind = rng.randrange(5)
-        if kind == 0:
-            data[at] = rng.randrange(256)
-        elif kind == 1:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 5)))
-        elif kind == 3:
-            del data[at : at + rng.randrange(1, 9)]
-        else:
-            data[at:at] = data[at : at + rng.randrange(1, 65)]
-    return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.05 else data)
+        edit(rng, data, at, rng.randrange(5))
+    return perhaps_cut(rng, data)
 
 
 def fuzz(directory, seeds):

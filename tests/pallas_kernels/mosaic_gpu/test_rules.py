@@ -4,21 +4,10 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from kernel_cases import PROBLEM
 
 from pallas_kernels.mosaic_gpu.rules import RULES, ampere, hopper
-from pallas_kernels.weight import Problem
 
-PROBLEM = Problem(
-    tokens=16,
-    x_dtype="bfloat16",
-    d_in=4096,
-    d_out=11008,
-    bits=4,
-    group_rows=128,
-    zeros=None,
-    permuted=False,
-    platform="gpu",
-)
 SIZES = (1, 64, 192, 576, 1536, 4096, 11008, 28672)
 TOKENS = (1, 3, 8, 17, 64, 65, 130, 1024, 1025, 8192)
 

@@ -4,23 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+from kernel_cases import PROBLEM
 
 from pallas_kernels.mosaic_gpu import rules, tuning
 from pallas_kernels.mosaic_gpu.tuning import Tiling, forced, record, table_path
-from pallas_kernels.weight import Problem
 
 CARD = "NVIDIA H100 80GB HBM3"
-PROBLEM = Problem(
-    tokens=16,
-    x_dtype="bfloat16",
-    d_in=4096,
-    d_out=11008,
-    bits=4,
-    group_rows=128,
-    zeros=None,
-    permuted=False,
-    platform="gpu",
-)
 MEASURED = Tiling(tile_m=16, tile_k=512, stages=6, split_k=2)
 
 

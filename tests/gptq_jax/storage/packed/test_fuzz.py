@@ -9,7 +9,7 @@ import random
 
 import numpy as np
 import pytest
-from damaged import accepts
+from damaged import accepts, edit, perhaps_cut
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from packed_checkpoints import MODULES, make
@@ -60,22 +60,14 @@ def mutate_bytes(rng, name, content):
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(end)
         kind = rng.randrange(6)
-        if kind == 0:
-            data[at] = rng.randrange(256)
-        elif kind == 1:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            data[at:at] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 5)))
-        elif kind == 3:
-            del data[at : at + rng.randrange(1, 9)]
-        elif kind == 4:
-            data[at:at] = data[at : at + rng.randrange(1, 65)]
+        if kind < 5:
+            edit(rng, data, at, kind)
         elif digits := [i for i in range(end) if 48 <= data[i] <= 57]:
             data[rng.choice(digits)] = rng.choice(b"0123456789-.e")
         end = min(end, len(data))
         if not end:
             break
-    return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.05 else data)
+    return perhaps_cut(rng, data)
 
 
 SCALARS = st.one_of(
