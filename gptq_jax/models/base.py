@@ -4,7 +4,7 @@ Every forward pass is a Python loop over blocks, calling one compiled function f
 time does not grow with depth, and a block's parameters may come from anywhere (memory, a file, a quantizer).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
@@ -88,7 +88,12 @@ class ArchitectureBlock:
     config: Any
     kind: Any
     prefix: str
-    params: Params
+    read: Callable[[], Params]  # from wherever the parameters are
+
+    @property
+    def params(self) -> Params:
+        """The parameters, read again each time."""
+        return self.read()
 
     @property
     def groups(self) -> tuple[tuple[str, ...], ...]:
@@ -143,12 +148,8 @@ class Model:
 
     def blocks(self) -> list[ArchitectureBlock]:
         """The blocks with their parameters."""
-        return [
-            ArchitectureBlock(
-                config=self.config, kind=self.config.layer_kind(index), prefix=f"layers.{index}.", params=params
-            )
-            for index, params in enumerate(self.params["layers"])
-        ]
+        layers = self.params["layers"]
+        return blocks_of(self.config, len(layers), layers.__getitem__)
 
     def calibration(self, calls: Sequence[Any], masks: Sequence[Any]) -> Calibration:
         """The model block by block; see `BlockModel`.
@@ -161,33 +162,72 @@ class Model:
             ValueError: bad tokens, batches beyond the context, a mask of another shape, or adapters beside layers.
         """
         check_no_lora(self, "quantized")
-        tokens = [check_tokens(rows, self.config.vocab_size) for rows in calls]
-        real = [None if mask is None else jnp.asarray(mask, bool) for mask in masks]
-        for batch, mask in zip(tokens, real, strict=True):
-            if batch.shape[1] > self.config.context_length:
-                raise ValueError(
-                    f"batches of {batch.shape[1]} tokens exceed the model's context of {self.config.context_length}."
-                )
-            if mask is not None and mask.shape != batch.shape:
-                raise ValueError(f"mask has shape {mask.shape}, but its tokens {batch.shape}.")
-        tied, blocks = self.config.tie_embeddings, self.blocks()
-        return Calibration(
-            blocks=blocks,
-            start=lambda: [embed(self.config, self.params, batch) for batch in tokens],
-            masks=real,
-            kept_float={
-                **{
-                    f"{block.prefix}{path}": reason
-                    for block in blocks
-                    for path, reason in float_layers(self.config.abstract_block(block.kind)).items()
-                },
-                "embed": "a lookup table, not a product",
-                "head": "reads the embedding" if tied else "the output head stays float",
-            },
+        return calibration_of(
+            self.config,
+            self.blocks(),
+            calls,
+            masks,
+            embedding=lambda: self.params["embed"],
             assemble=lambda packed, report: replace(
                 self, params={**self.params, "layers": list(packed)}, report=report
             ),
         )
+
+
+def blocks_of(config: Architecture, count: int, read: Callable[[int], Params]) -> list[ArchitectureBlock]:
+    """The blocks of a model whose parameters `read` gives by the block's index."""
+    return [
+        ArchitectureBlock(
+            config=config, kind=config.layer_kind(index), prefix=f"layers.{index}.", read=partial(read, index)
+        )
+        for index in range(count)
+    ]
+
+
+def calibration_of(
+    config: Architecture,
+    blocks: Sequence[ArchitectureBlock],
+    calls: Sequence[Any],
+    masks: Sequence[Any],
+    *,
+    embedding: Callable[[], Params],
+    assemble: Callable[[Sequence[Params], dict[str, Any]], Any],
+) -> Calibration:
+    """A supplied architecture about to be quantized; `calls`, `masks` and errors as for `Model.calibration`.
+
+    Args:
+        config: the architecture.
+        blocks: of `blocks_of`.
+        calls, masks: see there.
+        embedding: gives the parameters of `config.abstract_embed`, asked for once.
+        assemble: see `Calibration`.
+    """
+    tokens = [check_tokens(rows, config.vocab_size) for rows in calls]
+    real = [None if mask is None else jnp.asarray(mask, bool) for mask in masks]
+    for batch, mask in zip(tokens, real, strict=True):
+        if batch.shape[1] > config.context_length:
+            raise ValueError(
+                f"batches of {batch.shape[1]} tokens exceed the model's context of {config.context_length}."
+            )
+        if mask is not None and mask.shape != batch.shape:
+            raise ValueError(f"mask has shape {mask.shape}, but its tokens {batch.shape}.")
+
+    def start() -> list[Any]:
+        params = {"embed": embedding()}
+        return [embed(config, params, batch) for batch in tokens]
+
+    kinds = {block.kind: float_layers(config.abstract_block(block.kind)) for block in blocks}
+    return Calibration(
+        blocks=blocks,
+        start=start,
+        masks=real,
+        kept_float={
+            **{f"{block.prefix}{path}": reason for block in blocks for path, reason in kinds[block.kind].items()},
+            "embed": "a lookup table, not a product",
+            "head": "reads the embedding" if config.tie_embeddings else "the output head stays float",
+        },
+        assemble=assemble,
+    )
 
 
 def hidden_states(model: Model, tokens: Int32[Array, "batch time"]) -> Float[Array, "batch time d_model"]:

@@ -32,6 +32,7 @@ LEVELS = {
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 SAME_LEVEL = {  # what may be imported beside a file on its own level: an order inside it
     "gptq_jax.spec": {"pallas_kernels"},
+    "gptq_jax.storage": {"gptq_jax.report"},
     "gptq_jax.pipeline": {"gptq_jax.block"},
     "gptq_jax.planning": {"gptq_jax.bench"},
     "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.demo", "gptq_jax.planning"},
