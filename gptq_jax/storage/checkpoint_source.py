@@ -1,7 +1,6 @@
 """A float checkpoint as a model whose blocks are read from disk each time they are asked for, and kept nowhere."""
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from gptq_jax.hooks.nnx import Params
-from gptq_jax.models.base import Architecture, ArchitectureBlock, Model, blocks_of, calibration_of
+from gptq_jax.models.base import Architecture, Model, calibrate
+from gptq_jax.models.identity import digest_json
 from gptq_jax.models.quantizable import Calibration
 from gptq_jax.storage.base import BFLOAT16, CheckpointError, TensorSource
 from gptq_jax.storage.load import checked_leaves, dtype_name, open_source, read_architecture, read_arrays
@@ -77,18 +77,14 @@ class CheckpointSource:
         """As `Model.params`, but "embed", "head" and each of "layers" are read when they are asked for."""
         return _Parts(self)
 
-    def blocks(self) -> list[ArchitectureBlock]:
-        """The blocks, whose `params` are read each time."""
-        return blocks_of(self.config, self.config.num_layers, self.params["layers"].__getitem__)
-
     def calibration(self, calls: Sequence[Any], masks: Sequence[Any]) -> Calibration:
-        """As `Model.calibration`; `assemble` makes a model in memory."""
-        return calibration_of(
+        """As `Model.calibration`; blocks are read each time, and `assemble` makes a model in memory."""
+        return calibrate(
             self.config,
-            self.blocks(),
             calls,
             masks,
             embedding=lambda: self.read("embed"),
+            block=lambda index: self.read(f"layers.{index}"),
             assemble=lambda packed, report: Model(
                 self.config,
                 {"embed": self.read("embed"), "layers": list(packed), "head": self.read("head")},
@@ -100,7 +96,12 @@ class CheckpointSource:
 
     def identity(self) -> dict[str, str]:
         """SHA-256 of its weights, config and tokenizer, and the dtype they are read in."""
-        return {"weights": self._weights, "config": _sha256(self.source), **self._tokenizer_digest, "dtype": self.dtype}
+        return {
+            "weights": self._weights,
+            "config": digest_json(self.source),
+            **self._tokenizer_digest,
+            "dtype": self.dtype,
+        }
 
     def read(self, part: str) -> Params:
         """The parameters "embed", "layers.N" or "head"."""
@@ -117,7 +118,7 @@ class CheckpointSource:
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
-            return {"tokenizer": _sha256({file.name: digest(file) for file in files})}
+            return {"tokenizer": digest_json({file.name: digest(file) for file in files})}
 
 
 class _Parts(Mapping[str, Any]):
@@ -198,7 +199,3 @@ def _all_finite(values: Shaped[np.ndarray, "..."]) -> bool:
     if values.dtype == BFLOAT16:  # numpy takes ten times as long over a type that is not its own
         return all(bool(np.all(chunk.view(np.uint16) & 0x7F80 != 0x7F80)) for chunk in chunks)
     return all(bool(np.isfinite(chunk).all()) for chunk in chunks)
-
-
-def _sha256(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
