@@ -25,7 +25,7 @@ from gptq_jax.storage.sharding import ShardingRules
 from gptq_jax.calibration import calibration_batches
 from gptq_jax.evaluate import compare, perplexity
 from gptq_jax.generate import generate
-from gptq_jax.pipeline import quantize
+from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
 from gptq_jax.report import Report
 
@@ -61,6 +61,7 @@ __all__ = [
     "plan",
     "prepare",
     "quantize",
+    "quantize_blocks",
     "register_layer",
     "rtn",
     "save",

@@ -86,7 +86,6 @@ def write_part(directory: Path, part: str, params: Any) -> Part:
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
         try:
             handler.save(directory, args=ocp.args.PyTreeSave(arrays))
-            handler.finalize(directory)
         finally:
             handler.close()
     files = file_entries((file for file in directory.rglob("*") if file.is_file()), directory)

@@ -11,8 +11,8 @@ writing/       the part being written
 import json
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class StoreSink:
         overwrite: replace a directory that this library wrote.
         restart: throw away what an earlier run left unfinished.
         nbytes: of the store, as far as known; there must be room for it.
+        settings: beyond what `quantize_blocks` notes: they enter the report, and tell runs apart.
+        on_open: called when the run begins, with how many blocks are stored already, and how many there are.
 
     Raises:
         OSError: see `check_target`.
@@ -69,6 +71,8 @@ class StoreSink:
         overwrite: bool = False,
         restart: bool = False,
         nbytes: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        on_open: Callable[[int, int], None] | None = None,
     ) -> None:
         if not isinstance(getattr(model, "config", None), Architecture):
             raise ValueError(
@@ -76,6 +80,7 @@ class StoreSink:
             )
         self.path = Path(path).resolve()
         self.model, self.overwrite, self.restart = model, overwrite, restart
+        self.settings, self._on_open = dict(settings or {}), on_open
         self.unfinished = beside(self.path, "unfinished")
         self._blocks = model.config.abstract_params()["layers"]
         there = sum(file.stat().st_size for file in self.unfinished.rglob("*") if file.is_file())
@@ -96,12 +101,16 @@ class StoreSink:
             ValueError: another run's remains are there; each difference is named.
         """
         self.close()
-        run = json.loads(json.dumps(run))  # as it will be read
+        settings = {**run.get("settings", {}), **self.settings}
+        run = json.loads(json.dumps({**run, "settings": settings}))  # as it will be read
         self._lock = acquire(self.path)
         try:
             if self.restart or not self._goes_on(run):
                 self._begin(run)
-            return self._stored()
+            stored = self._stored()
+            if self._on_open is not None:
+                self._on_open(stored, len(self._blocks))
+            return stored
         except BaseException:
             self.close()
             raise
@@ -138,6 +147,7 @@ class StoreSink:
                 self._write(name, self.model.params[name], [])
         names = ["embed", *(f"layers.{index}" for index in range(stored)), "head"]
         parts = [self._entries(name)[0] for name in names]
+        report = replace(report, settings={**report.settings, **self.settings})
         complete(store, parts, source=self.model.source, report=report.to_json(), tokenizer=self.model.tokenizer)
         sync_tree(store)
         check_target(self.path, overwrite=self.overwrite)
@@ -145,6 +155,14 @@ class StoreSink:
         discard(self.unfinished)
         self.close()
         return self.path
+
+    def kept(self) -> str:
+        """What an interrupted run leaves, in words."""
+        if not (stored := self._stored()):
+            return f"no block was done, and nothing is at {self.path}"
+        return (
+            f"{stored} of {len(self._blocks)} blocks are kept in {self.unfinished}; the same command goes on after them"
+        )
 
     def close(self) -> None:
         """Let others write there; what is stored stays, to be gone on with."""
