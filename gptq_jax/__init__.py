@@ -8,7 +8,7 @@ from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 
 # methods
-from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
+from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
 
 # models and checkpoints
 from gptq_jax.hooks.registry import register_layer
@@ -46,10 +46,13 @@ __all__ = [
     "adapt",
     "calibration_batches",
     "compare",
+    "coordinate_descent",
     "export",
     "generate",
+    "gptaq",
     "gptq",
     "gptq_solve",
+    "hqq",
     "load",
     "load_lora",
     "lora",
@@ -57,6 +60,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prepare",
+    "qep",
     "quantize",
     "register_layer",
     "rtn",

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from gptq_jax.hessian import output_energy
 from gptq_jax.hooks.experts import Routed
 from gptq_jax.hooks.nnx import Input, Params, kernel_of, with_kernel
-from gptq_jax.methods.base import LayerBatch, Method, Solution
+from gptq_jax.methods.base import LayerBatch, Method, Solution, with_hessian
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.quantizable import Block
 from gptq_jax.report import ExpertsReport, LayerReport
@@ -28,7 +28,6 @@ from gptq_jax.statistics import (
     over_experts,
     solve_experts,
     update_experts,
-    with_hessian,
 )
 from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 

@@ -1,12 +1,14 @@
 """What a quantization method is: pure functions over a state pytree."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from gptq_jax import grids
+from gptq_jax.hessian import accumulate
 from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.packing import pack
@@ -15,9 +17,15 @@ Stats = Any  # a pytree of arrays
 
 
 class LayerBatch(NamedTuple):
-    """Inputs of a linear layer for one calibration batch, [tokens, d_in]; rows of padding are zero."""
+    """Inputs of a linear layer for one calibration batch, [tokens, d_in]; rows of padding are zero.
+
+    Attributes:
+        x: what the layers quantized so far feed it.
+        x_float: what the unquantized model feeds it, for methods with `needs_float_inputs`; else None.
+    """
 
     x: Float[Array, "tokens d_in"]
+    x_float: Float[Array, "tokens d_in"] | None = None
 
 
 class Solution(NamedTuple):
@@ -35,11 +43,13 @@ class Method(NamedTuple):
 
     Attributes:
         name: for reports.
-        init: (d_in, d_out) -> Stats, before the first batch.
-        update: (Stats, LayerBatch) -> Stats; jitted by the caller.
+        init: (d_in, d_out) -> Stats of no tokens: zeros.
+        update: (Stats, LayerBatch) -> Stats with the sums of one more batch; jitted by the caller. Statistics are sums
+            over tokens, so that those of several devices can be added up.
         solve: (weight [d_in, d_out], Stats, QuantSpec) -> QuantizedTensor or Solution; jitted by the caller,
             the spec being static. Layers with the same input are solved as one, their outputs concatenated.
         hessian: reads sum x x^T from Stats where the method keeps it, so that the report need not add it up again.
+        needs_float_inputs: `update` reads `LayerBatch.x_float`.
         settings: what it was made with, by name, for the report.
     """
 
@@ -49,6 +59,25 @@ class Method(NamedTuple):
     hessian: Callable[[Stats], Array] | None = None
     name: str = "custom"
     settings: tuple[tuple[str, Any], ...] = ()  # pairs, so that a method stays hashable
+    needs_float_inputs: bool = False
+
+
+@lru_cache
+def with_hessian(method: Method) -> Method:
+    """The method, with statistics that hold the Hessian too if they do not already."""
+    if method.hessian is not None:
+        return method
+
+    def init(d_in: int, d_out: int) -> tuple[Stats, Array]:
+        return method.init(d_in, d_out), jnp.zeros((d_in, d_in), jnp.float32)
+
+    def update(stats: tuple[Stats, Array], batch: LayerBatch) -> tuple[Stats, Array]:
+        return method.update(stats[0], batch), accumulate(stats[1], batch.x)
+
+    def solve(weight: Array, stats: tuple[Stats, Array], spec: QuantSpec) -> QuantizedTensor | Solution:
+        return method.solve(weight, stats[0], spec)
+
+    return method._replace(init=init, update=update, solve=solve, hessian=lambda stats: stats[1])
 
 
 def assemble(
