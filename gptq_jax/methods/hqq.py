@@ -1,7 +1,7 @@
 """HQQ, half-quadratic quantization (Badri and Shaji 2023, Mobius Labs, "Half-Quadratic Quantization of Large Models").
 
-No calibration: the grid is fitted to the weights alone, by a norm below one, which forgives outliers. An auxiliary error
-E splits min_z sum |W - Q|^p into two steps that are solved exactly, in turn, as beta grows:
+No calibration: the grid is fitted to the weights alone, by a norm below one, which forgives outliers. An auxiliary
+error E splits min_z sum |W - Q|^p into two steps that are solved exactly, in turn, as beta grows:
     E <- shrink(W - Q) = sign(W - Q) relu(|W - Q| - |W - Q|^(p-1) / beta)
     z <- mean over the group of code - (W - E) / scale
 """

@@ -97,7 +97,7 @@ def test_inputs_are_shifted_in_the_order_they_are_solved_in(order):
 
 def test_options_are_checked():
     assert gptaq(alpha=0.5) is gptaq(alpha=0.5)
-    with pytest.raises(ValueError, match="alpha=-1.0"):
+    with pytest.raises(ValueError, match="alpha=-1"):
         gptaq(alpha=-1.0)
     with pytest.raises(ValueError, match="order='random'"):
         gptaq(order="random")

@@ -80,7 +80,7 @@ def test_options_say_what_was_done_and_refuse_what_cannot_be():
     method = qep(gptq(order="natural"), alpha=0.75)
     assert method is qep(gptq(order="natural"), alpha=0.75)
     assert {"solver": "gptq", "order": "natural", "alpha": 0.75}.items() <= dict(method.settings).items()
-    with pytest.raises(ValueError, match="alpha=2.0"):
+    with pytest.raises(ValueError, match="alpha=2"):
         qep(alpha=2.0)
     with pytest.raises(ValueError, match="'gptaq' makes up for earlier layers itself"):
         qep(gptaq())
