@@ -20,8 +20,9 @@ class LayerBatch(NamedTuple):
     """Inputs of a linear layer for one calibration batch, [tokens, d_in]; rows of padding are zero.
 
     Attributes:
-        x: what the layers quantized so far feed it.
-        x_float: what the unquantized model feeds it, for methods with `needs_float_inputs`; else None.
+        x: as the model gives them whose earlier layers are quantized already.
+        x_float: as the float model gives them, if the method needs those (`needs_float_inputs`). Experts are given `x`
+            again, for the float model may route otherwise.
     """
 
     x: Float[Array, "tokens d_in"]
@@ -43,14 +44,15 @@ class Method(NamedTuple):
 
     Attributes:
         name: for reports.
-        init: (d_in, d_out) -> Stats of no tokens: zeros.
-        update: (Stats, LayerBatch) -> Stats with the sums of one more batch; jitted by the caller. Statistics are sums
-            over tokens, so that those of several devices can be added up.
+        init: (d_in, d_out) -> Stats, before the first batch: zeros.
+        update: (Stats, LayerBatch) -> Stats; jitted by the caller. Statistics are sums over tokens, so that devices can
+            add up theirs.
         solve: (weight [d_in, d_out], Stats, QuantSpec) -> QuantizedTensor or Solution; jitted by the caller,
             the spec being static. Layers with the same input are solved as one, their outputs concatenated.
         hessian: reads sum x x^T from Stats where the method keeps it, so that the report need not add it up again.
-        needs_float_inputs: `update` reads `LayerBatch.x_float`.
         settings: what it was made with, by name, for the report.
+        needs_float_inputs: batches carry `x_float`, which takes a second pass through the model.
+        independent_outputs: `solve` treats each output by itself, so that devices can share them.
     """
 
     init: Callable[[int, int], Stats]
@@ -60,6 +62,7 @@ class Method(NamedTuple):
     name: str = "custom"
     settings: tuple[tuple[str, Any], ...] = ()  # pairs, so that a method stays hashable
     needs_float_inputs: bool = False
+    independent_outputs: bool = False
 
 
 @lru_cache

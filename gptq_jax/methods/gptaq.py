@@ -70,6 +70,7 @@ def gptaq(
         name="gptaq",
         settings=(*asdict(options).items(), ("alpha", alpha)),
         needs_float_inputs=True,
+        independent_outputs=True,
     )
 
 

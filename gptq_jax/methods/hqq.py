@@ -60,7 +60,7 @@ def hqq(grid: str = "minmax", *, norm: float = 0.7, iterations: int = 20) -> Met
         return tensor if spec.symmetric else replace(tensor, zeros=fitted.zero.astype(spec.scale_dtype or "float32"))
 
     settings = (("grid", grid), ("norm", norm), ("iterations", iterations))
-    return Method(init, update, solve, name="hqq", settings=settings)
+    return Method(init, update, solve, name="hqq", settings=settings, independent_outputs=True)
 
 
 def half_quadratic(

@@ -77,7 +77,7 @@ def test_tensors_keep_their_promises(name, bits, symmetric):
     assert error(tensor) <= slack * error(round_to_nearest(jnp.asarray(WEIGHT), spec))
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq desc_act", "clip search"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq desc_act", "qep", "clip search"])
 def test_same_codes_and_nothing_compiled_the_second_time(name):
     first, _ = quantize(float_model(layers=1), BATCHES, QuantSpec(group_size=24), TABLE[name])
     assert first.params["layers"][0]["mlp"]["up_proj"]["kernel"].spec.bits == 4
@@ -90,7 +90,7 @@ def test_same_codes_and_nothing_compiled_the_second_time(name):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["rtn", "gptq desc_act"])
+@pytest.mark.parametrize("name", ["rtn", "gptq desc_act", "hqq"])
 def test_round_trip_through_a_store(tmp_path, name, bits, symmetric):
     spec = QuantSpec(bits=bits, group_size=24, symmetric=symmetric, scale_dtype="float16")
     model = float_model(layers=1)
