@@ -8,7 +8,7 @@ from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 
 # methods
-from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
+from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
 
 # models and checkpoints
 from gptq_jax.hooks.registry import register_layer
@@ -48,10 +48,13 @@ __all__ = [
     "adapt",
     "calibration_batches",
     "compare",
+    "coordinate_descent",
     "export",
     "generate",
+    "gptaq",
     "gptq",
     "gptq_solve",
+    "hqq",
     "load",
     "load_lora",
     "lora",
@@ -60,6 +63,7 @@ __all__ = [
     "perplexity",
     "plan",
     "prepare",
+    "qep",
     "quantize",
     "quantize_blocks",
     "register_layer",
