@@ -23,7 +23,8 @@ from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
 from gptq_jax.calibration import calibration_batches
-from gptq_jax.evaluate import compare, perplexity
+from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
+from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
@@ -35,11 +36,13 @@ __all__ = [
     "AdaptedModel",
     "CheckpointError",
     "CheckpointSource",
+    "ComparisonTable",
     "LayerBatch",
     "Method",
     "Model",
     "QuantSpec",
     "QuantizedTensor",
+    "Reference",
     "Report",
     "ShardingRules",
     "Solution",
@@ -48,6 +51,7 @@ __all__ = [
     "adapt",
     "calibration_batches",
     "compare",
+    "compare_methods",
     "coordinate_descent",
     "export",
     "generate",
@@ -71,4 +75,5 @@ __all__ = [
     "save",
     "save_lora",
     "with_lora",
+    "write_report",
 ]

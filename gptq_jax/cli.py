@@ -1,7 +1,6 @@
 """The command line: thin commands over the Python functions of the same names."""
 
 import functools
-import importlib
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_jax.bench import cli as bench
+from gptq_jax.comparison.cli import compare
 from gptq_jax.options import (
     ArchConfigOption,
     Dtype,
@@ -129,6 +129,7 @@ def quantize(
     from dataclasses import replace
 
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
+    from gptq_jax.methods.by_name import make_method
     from gptq_jax.models.base import Model
     from gptq_jax.pipeline import layer_specs, quantize_blocks
     from gptq_jax.planning.sizes import float_shapes
@@ -363,34 +364,9 @@ def demo(
 
 
 command(planning.plan)
+command(compare)
 for function in (bench.kernels, bench.decode):
     command(function, bench_app)
-
-
-def make_method(name: str, options: dict[str, Any]) -> Any:
-    """The method called `name` in METHODS, or that `module:factory` returns, called with `options`.
-
-    Raises:
-        ValueError: there is no such method, or the factory returns none.
-        ImportError: the module cannot be imported.
-    """
-    from gptq_jax.methods import METHODS, Method
-
-    module_name, separator, factory_name = name.partition(":")
-    if not separator:
-        if name not in METHODS:
-            raise ValueError(f"--method {name!r} is none of {', '.join(METHODS)}, nor module:factory.")
-        return METHODS[name](**options)
-    if os.getcwd() not in sys.path:  # a console script's path begins with its own folder
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (AttributeError, ValueError):
-        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.") from None
-    method = factory(**options) if callable(factory) else factory
-    if not isinstance(method, Method):
-        raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
-    return method
 
 
 def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
