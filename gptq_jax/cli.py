@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from gptq_jax.bench import cli as bench
 from gptq_jax.comparison.cli import compare
 from gptq_jax.options import (
     ArchConfigOption,
+    CoordinatorOption,
     Dtype,
     DtypeOption,
     ExportDtype,
@@ -24,6 +26,9 @@ from gptq_jax.options import (
     ModelArgument,
     Order,
     Parallel,
+    ProcessesOption,
+    ProcessIdOption,
+    ProfileOption,
 )
 from gptq_jax.planning import cli as planning
 
@@ -107,9 +112,7 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
     ] = None,
-    devices: Annotated[
-        int | None, typer.Option(metavar="N", help="Share the work among N of this machine's devices. [all]")
-    ] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="Share the work among N devices. [all]")] = None,
     activations: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the calibration between blocks in a file there. [in memory]"),
@@ -120,6 +123,10 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away the blocks that an interrupted run left, and begin anew.")
     ] = False,
+    coordinator: CoordinatorOption = None,
+    process_id: ProcessIdOption = None,
+    processes: ProcessesOption = None,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL block by block and write it to a directory.
@@ -131,6 +138,7 @@ def quantize(
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
     from gptq_jax.methods.by_name import make_method
     from gptq_jax.models.base import Model
+    from gptq_jax.parallel.hosts import is_first
     from gptq_jax.pipeline import layer_specs, quantize_blocks
     from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
@@ -139,6 +147,7 @@ def quantize(
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, escape, layer_progress, note, summarize
 
+    _join(coordinator, process_id, processes)
     rules = SpecRules(
         default=QuantSpec(bits=bits, group_size=group_size, symmetric=not asymmetric, scale_dtype="float16"),
         skip=tuple(skip or ()),
@@ -180,7 +189,7 @@ def quantize(
         settings=settings,
         on_open=opened,
     )
-    with sink, layer_progress() as on_layer:
+    with sink, _profiled(profile), layer_progress() as on_layer:
         try:
             _, report = quantize_blocks(
                 source,
@@ -197,10 +206,11 @@ def quantize(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(sink.kept()) from None
     report = replace(report, settings={**report.settings, **settings})
-    summarize(report)
-    note(f"wrote {out}")
-    if as_json:
-        print(json.dumps(report.to_json()))
+    if is_first():
+        summarize(report)
+        note(f"wrote {out}")
+        if as_json:
+            print(json.dumps(report.to_json()))
 
 
 @command
@@ -211,24 +221,28 @@ def eval_(
     split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the context]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time on each device.")] = 1,
-    devices: Annotated[
-        int | None, typer.Option(metavar="N", help="Share the windows among N of this machine's devices. [all]")
-    ] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="Share the windows among N devices. [all]")] = None,
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
+    coordinator: CoordinatorOption = None,
+    process_id: ProcessIdOption = None,
+    processes: ProcessesOption = None,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
     from gptq_jax.parallel import choose_devices
+    from gptq_jax.parallel.hosts import is_first
     from gptq_jax.terminal import console, escape
 
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
+    _join(coordinator, process_id, processes)
     chosen = choose_devices(devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
@@ -240,18 +254,21 @@ def eval_(
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
     result |= {"devices": len(chosen), "parallel": str(parallel)}
     settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
-    if other is None:
-        result["perplexity"] = perplexity(loaded, stream, devices=chosen, progress=True, **settings)
-    else:
-        compared = compare(loaded, other, stream, devices=chosen, progress=True, **settings)
-        result |= {
-            "perplexity": compared.perplexity,
-            "against": against,
-            "against_perplexity": compared.other_perplexity,
-            "kl_divergence": compared.kl,
-            "top1_agreement": compared.top1_agreement,
-        }
-    _show(result, as_json)
+    settings["progress"] = is_first()
+    with _profiled(profile):
+        if other is None:
+            result["perplexity"] = perplexity(loaded, stream, devices=chosen, **settings)
+        else:
+            compared = compare(loaded, other, stream, devices=chosen, **settings)
+            result |= {
+                "perplexity": compared.perplexity,
+                "against": against,
+                "against_perplexity": compared.other_perplexity,
+                "kl_divergence": compared.kl,
+                "top1_agreement": compared.top1_agreement,
+            }
+    if is_first():
+        _show(result, as_json)
 
 
 @command
@@ -398,6 +415,22 @@ def _window(length: int | None, context: int) -> int:
     if length is not None and length > context:
         raise ValueError(f"--length {length} is more than the model's context of {context} tokens.")
     return length or min(2048, context)
+
+
+def _join(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
+    """Make this process one of several; only the first speaks."""
+    from gptq_jax.parallel import hosts
+    from gptq_jax.terminal import console
+
+    hosts.join(coordinator, process_id, processes)
+    console.quiet = not hosts.is_first()
+
+
+def _profiled(directory: Path | None) -> AbstractContextManager[Any]:
+    """What runs inside is profiled, if that is asked for."""
+    import jax
+
+    return nullcontext() if directory is None else jax.profiler.trace(str(directory))
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

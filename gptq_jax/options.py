@@ -71,6 +71,19 @@ class Format(StrEnum):
 
 DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
 
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Run as one of several processes: where the first listens; auto under Slurm, GKE or on TPU pods.",
+    ),
+]
+ProcessIdOption = Annotated[int | None, typer.Option(metavar="I", help="Of this process, from 0.")]
+ProcessesOption = Annotated[int | None, typer.Option(metavar="N", help="That take part.")]
+ProfileOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write a profile for TensorBoard or XProf there.")
+]
+
 
 def integers(option: str, text: str) -> list[int]:
     """Numbers separated by commas."""

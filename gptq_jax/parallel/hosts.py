@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptq_jax.parallel.data import AXIS, make_mesh
 
 AUTO = "auto"
 CONNECT_SECONDS = 120  # until all processes have come
@@ -98,3 +101,27 @@ def _from_first(text: str) -> str:
     size = int(broadcast_one_to_all(np.int32(content.size)))
     padded = content if is_first() else np.zeros(size, np.uint8)
     return bytes(np.asarray(broadcast_one_to_all(padded))).decode()
+
+
+def wait_for_all(what: str) -> None:
+    """Go on when every process has come here."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(what)
+
+
+def spread(tree: Any) -> Any:
+    """Arrays that every process has, each cut over all devices along its last axis that they divide."""
+    mesh = make_mesh(jax.devices())
+
+    def cut(leaf: Any) -> jax.Array:
+        axis = next((axis for axis in reversed(range(leaf.ndim)) if leaf.shape[axis] % mesh.size == 0), None)
+        spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda array: array, out_shardings=sharding)(leaf)
+        found = np.asarray(leaf)
+        return jax.make_array_from_callback(found.shape, sharding, lambda where: found[where])
+
+    return jax.tree.map(cut, tree)

@@ -51,8 +51,8 @@ class ShardingRules:
 
 
 def one_device(name: str, shape: tuple[int, ...]) -> Sharding:
-    """Everything on the first device."""
-    return SingleDeviceSharding(jax.devices()[0])
+    """Everything on the first device of this process."""
+    return SingleDeviceSharding(jax.local_devices()[0])
 
 
 def as_placement(sharding: Sharding | Placement | None) -> Placement:
