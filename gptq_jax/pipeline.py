@@ -1,26 +1,81 @@
-"""Quantize a model in memory, block by block."""
+"""Quantize a model block by block: in memory, or from a source that is larger than memory into a store."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from os import PathLike
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gptq_jax.block import BlockTask, Clock, quantize_block
+from gptq_jax.block import BlockTask, quantize_block, replay_block
 from gptq_jax.calibration import Batch
+from gptq_jax.clock import Clock
+from gptq_jax.hooks.nnx import Params
 from gptq_jax.matmul import is_packed
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.models.base import Model
-from gptq_jax.models.quantizable import BlockModel, Calibration
+from gptq_jax.models.identity import digest_arrays
+from gptq_jax.models.quantizable import Block, BlockModel, BlockSource, Calibration
+from gptq_jax.parallel import DataParallel, choose_devices, make_mesh
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
+from gptq_jax.stream import KEPT_BYTES, STREAMED_BYTES, Stream, open_stream
 
 Quantizable = TypeVar("Quantizable", bound=BlockModel)
 QUANTIZED = "the model is quantized already: load the float one it was made from."
 OnLayer = Callable[[LayerReport, int, int], None]  # the layer's report, layers done, layers in all
+
+
+@runtime_checkable
+class BlockSink(Protocol):
+    """Where quantized blocks go."""
+
+    def open(self, run: Mapping[str, Any]) -> int:
+        """Begin a run, or go on with it: how many blocks are there already.
+
+        Args:
+            run: plain data that describes it: another run is one whose description differs.
+
+        Raises:
+            ValueError: what is there is of another run; the message names each difference.
+        """
+
+    def read(self, index: int) -> tuple[Params, list[LayerReport]]:
+        """A block that is there."""
+
+    def write(self, index: int, params: Params, layers: list[LayerReport]) -> None:
+        """Take one more block, for good: it is there even if the process is killed now."""
+
+    def finish(self, report: Report) -> Any:
+        """All blocks are there."""
+
+
+class MemorySink:
+    """Makes a model of the blocks."""
+
+    def __init__(self, assemble: Callable[[Sequence[Params], dict[str, Any]], Any]) -> None:
+        self._assemble = assemble
+        self._blocks: list[Params] = []
+
+    def open(self, run: Mapping[str, Any]) -> int:
+        """Nothing is there when a run begins."""
+        return 0
+
+    def read(self, index: int) -> tuple[Params, list[LayerReport]]:
+        """A block, without the reports."""
+        return self._blocks[index], []
+
+    def write(self, index: int, params: Params, layers: list[LayerReport]) -> None:
+        """Keep it."""
+        self._blocks.append(params)
+
+    def finish(self, report: Report) -> Any:
+        """The model."""
+        return self._assemble(self._blocks, report.to_json())
 
 
 def quantize(
@@ -31,6 +86,7 @@ def quantize(
     *,
     true_sequential: bool = True,
     min_expert_tokens: int | None = None,
+    devices: int | Sequence[jax.Device] | None = 1,
     on_layer: OnLayer | None = None,
 ) -> tuple[Quantizable, Report]:
     """Quantize the linear layers of every block; embedding, norms and head stay float.
@@ -48,6 +104,7 @@ def quantize(
             down), not only earlier blocks.
         min_expert_tokens: experts that saw fewer tokens are solved with the statistics of all tokens of their
             layer; None: twice as many as the layer has inputs, see `statistics.ROWS_PER_INPUT`.
+        devices: that share the work, as for `quantize_blocks`; 1: it is done where the model is.
         on_layer: called after each layer.
 
     Returns:
@@ -58,57 +115,193 @@ def quantize(
             finite or quantized already, rules that match nothing; during it, by name: a layer whose inputs are
             not finite, are all zero, or are not as many as the calibration tokens.
     """
-    method = gptq() if method is None else method
+    job = _job(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
+    check_weights(model)
+    return _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
+
+
+def quantize_blocks(
+    source: BlockSource,
+    sink: BlockSink,
+    batches: Sequence[Any],
+    spec: QuantSpec | SpecRules | None = None,
+    method: Method | None = None,
+    *,
+    true_sequential: bool = True,
+    min_expert_tokens: int | None = None,
+    devices: int | Sequence[jax.Device] | None = None,
+    activations: str | PathLike[str] | None = None,
+    on_layer: OnLayer | None = None,
+) -> tuple[Any, Report]:
+    """Quantize a model that need not fit into memory: blocks come from `source` one by one and go to `sink`.
+
+    In memory are one block, its Hessians, one batch, and the calibration on its way through the model (samples x
+    length x d_model numbers); nothing that grows with depth. A run that was stopped, and is started again as it was,
+    goes on after the last whole block, and ends with the same bits.
+
+    Args:
+        source: a checkpoint (`open_checkpoint`), or a model.
+        sink: a `StoreSink`, which writes to a directory.
+        batches, spec, method, true_sequential, min_expert_tokens: as for `quantize`.
+        devices: how many share the work, or which; None: all. Each takes a batch at a time, then some of the outputs
+            of each layer.
+        activations: a directory for a file of the calibration on its way, which is in memory otherwise.
+        on_layer: called after each layer; of blocks that are there already too.
+
+    Returns:
+        What `sink.finish` returns, and the report.
+
+    Raises:
+        ValueError: as for `quantize`; or what is in the sink is of another run.
+    """
+    job = _job(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
+    there = sink.open(job.description(source.identity()))
+    return _run(job, sink, there, budget=STREAMED_BYTES, activations=activations, on_layer=on_layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is to be done, checked as far as that can be before the long work."""
+
+    calibration: Calibration
+    batches: Sequence[Batch]
+    rules: SpecRules
+    specs: Mapping[str, QuantSpec | None]
+    method: Method
+    true_sequential: bool
+    min_expert_tokens: int | None
+    parallel: DataParallel
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "method": self.method.name,
+            **dict(self.method.settings),
+            "true_sequential": self.true_sequential,
+            **({} if self.min_expert_tokens is None else {"min_expert_tokens": self.min_expert_tokens}),
+        }
+
+    @property
+    def layers(self) -> int:
+        """How many are quantized."""
+        return sum(spec is not None for spec in self.specs.values())
+
+    def task(self, block: Block, streams: Sequence[Stream], clock: Clock) -> BlockTask:
+        """For one block."""
+        return BlockTask(
+            block=block,
+            specs={path: self.specs[block.prefix + path] for group in block.groups for path in group},
+            method=self.method,
+            streams=streams,
+            true_sequential=self.true_sequential,
+            min_expert_tokens=self.min_expert_tokens,
+            clock=clock,
+        )
+
+    def description(self, model: Mapping[str, str]) -> dict[str, Any]:
+        """Everything that the result depends on, as plain data."""
+        from gptq_jax import __version__
+
+        return {
+            "model": dict(model),
+            "calibration": digest_arrays([(batch.tokens, batch.mask) for batch in self.batches]),
+            "grids": asdict(self.rules),
+            "settings": self.settings,
+            "versions": {"gptq-jax": __version__, "jax": jax.__version__},
+            "devices": {"kind": jax.devices()[0].device_kind, "count": self.parallel.size},
+        }
+
+
+def _job(
+    source: BlockSource,
+    batches: Sequence[Any],
+    spec: QuantSpec | SpecRules | None,
+    method: Method | None,
+    true_sequential: bool,
+    min_expert_tokens: int | None,
+    devices: int | Sequence[jax.Device] | None,
+) -> _Job:
     rules = spec if isinstance(spec, SpecRules) else SpecRules(default=spec or QuantSpec())
     rules = replace(rules, default=replace(rules.default, scale_dtype=rules.default.scale_dtype or "float16"))
     if min_expert_tokens is not None and min_expert_tokens < 0:
         raise ValueError(f"min_expert_tokens={min_expert_tokens} must not be negative; 0 for each expert by itself.")
     if not batches:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
-    if is_quantized(model):
+    if isinstance(source, BlockModel) and is_quantized(source):
         raise ValueError(QUANTIZED)
     pairs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
-    calibration = model.calibration([batch.tokens for batch in pairs], [batch.mask for batch in pairs])
-    specs = block_specs(calibration, rules)
-    check_weights(model)
+    calibration = source.calibration([batch.tokens for batch in pairs], [batch.mask for batch in pairs])
+    return _Job(
+        calibration=calibration,
+        batches=pairs,
+        rules=rules,
+        specs=block_specs(calibration, rules),
+        method=gptq() if method is None else method,
+        true_sequential=true_sequential,
+        min_expert_tokens=min_expert_tokens,
+        parallel=_devices(devices, calibration),
+    )
 
-    total = sum(spec is not None for spec in specs.values())
+
+def _run(
+    job: _Job,
+    sink: BlockSink,
+    there: int,
+    *,
+    budget: int,
+    activations: str | PathLike[str] | None = None,
+    on_layer: OnLayer | None,
+) -> tuple[Any, Report]:
+    """All blocks, of which the first so many are there."""
     layers: list[LayerReport] = []
 
-    def done(report: LayerReport) -> None:
-        layers.append(report)
+    def done(layer: LayerReport) -> None:
+        layers.append(layer)
         if on_layer is not None:
-            on_layer(report, len(layers), total)
+            on_layer(layer, len(layers), job.layers)
 
-    clock = Clock()
-    with clock("forward") as ready:
-        stream = ready(calibration.start())
-    blocks = []
-    for block in calibration.blocks:
-        task = BlockTask(
-            block=block,
-            specs={path: specs[block.prefix + path] for group in block.groups for path in group},
-            method=method,
-            masks=calibration.masks,
-            min_expert_tokens=min_expert_tokens,
-            clock=clock,
-        )
-        packed, stream = quantize_block(task, block.params, stream, true_sequential=true_sequential, done=done)
-        blocks.append(packed)
-    skipped = {path: "skipped by a rule" for path, spec in specs.items() if spec is None}
+    clock, blocks = Clock(), job.calibration.blocks
+    streams: list[Stream] = []
+    if there < len(blocks):
+        count = 2 if job.method.needs_float_inputs else 1
+        shapes = [str(jax.tree.map(np.shape, batch.tokens)) for batch in job.batches]
+        with clock("forward"):
+            streams = [
+                open_stream(job.calibration, shapes, job.parallel, budget=budget // count, directory=activations)
+                for _ in range(count)
+            ]
+    for index, block in enumerate(blocks):
+        if index < there:
+            packed, reports = sink.read(index)
+            for layer in reports:
+                done(layer)
+            if streams:
+                replay_block(job.task(block, streams, clock), packed)
+            continue
+        first = len(layers)
+        packed = quantize_block(job.task(block, streams, clock), done)
+        with clock("write"):
+            sink.write(index, packed, layers[first:])
+    skipped = {path: "skipped by a rule" for path, spec in job.specs.items() if spec is None}
     report = Report(
         layers=tuple(layers),
-        kept_float={**skipped, **calibration.kept_float},
+        kept_float={**skipped, **job.calibration.kept_float},
         seconds=dict(clock.seconds),
-        settings={
-            "method": method.name,
-            **dict(method.settings),
-            "true_sequential": true_sequential,
-            **({} if min_expert_tokens is None else {"min_expert_tokens": min_expert_tokens}),
-        },
+        settings=job.settings,
         peak_bytes=peak_memory(),
     )
-    return calibration.assemble(blocks, report.to_json()), report
+    return sink.finish(report), report
+
+
+def _devices(devices: int | Sequence[jax.Device] | None, calibration: Calibration) -> DataParallel:
+    """Where the work is done; one device is no mesh, and arrays stay where they are."""
+    if calibration.one_device is not None and devices is None:
+        return DataParallel(None)
+    chosen = choose_devices(devices)
+    if len(chosen) > 1 and calibration.one_device is not None:
+        raise ValueError(f"devices={devices}: {calibration.one_device} device; pass devices=1.")
+    return DataParallel(make_mesh(chosen) if len(chosen) > 1 else None)
 
 
 def layer_specs(model: Model, rules: SpecRules) -> dict[str, QuantSpec | None]:

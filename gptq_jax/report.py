@@ -86,7 +86,7 @@ class Report:
     Attributes:
         layers: in the order they were solved.
         kept_float: path -> why.
-        seconds: stage -> wall time: "forward" (block by block), "hessian", "solve", "measure".
+        seconds: stage -> wall time: "read" (a block), "forward", "hessian", "solve", "measure", "write".
         settings: as they were asked for.
         peak_bytes: of the process's memory, at its end.
     """

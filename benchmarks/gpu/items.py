@@ -20,7 +20,10 @@ from gptq_jax.generate import generate_tokens
 from gptq_jax.methods.gptq import GPTQOptions, gptq, solve_layer
 from gptq_jax.models.decoder import DecoderConfig
 from gptq_jax.models.prepared import prepare
+from gptq_jax.models.quantizable import Calibration
+from gptq_jax.parallel import DataParallel
 from gptq_jax.spec import QuantSpec
+from gptq_jax.stream import KEPT_BYTES, open_stream
 from pallas_kernels import api
 from pallas_kernels.weight import concatenate
 
@@ -297,23 +300,21 @@ def block(context: Context) -> Rows:
     shape = (size, scale.block_length, config.hidden_size)
     make = partial(jax.random.normal, shape=shape, dtype=jnp.dtype(dtype))
     for samples in (size, scale.block_samples):  # the first compiles
-        stream = [make(jax.random.key(batch)) for batch in range(samples // size)]
+        states = [make(jax.random.key(batch)) for batch in range(samples // size)]
+        calibration = Calibration(
+            blocks=[one], start=lambda states=states: states, masks=[None] * len(states), kept_float={}, assemble=print
+        )
+        stream = open_stream(calibration, [shape] * len(states), DataParallel(None), budget=KEPT_BYTES)
         task = BlockTask(
             block=one,
             specs={path: QuantSpec(scale_dtype="float16") for group in one.groups for path in group},
             method=gptq(),
-            masks=[None] * len(stream),
+            streams=[stream],
         )
         losses: list[float] = []
         start = time.perf_counter()
-        _, out = quantize_block(
-            task,
-            one.params,
-            stream,
-            true_sequential=True,
-            done=lambda report, losses=losses: losses.append(report.loss),
-        )
-        jax.block_until_ready(out)
+        packed = quantize_block(task, lambda report, losses=losses: losses.append(report.loss))
+        jax.block_until_ready(packed)
         seconds = time.perf_counter() - start
         row = {"samples": samples, "tokens_each": scale.block_length, "seconds": seconds, **task.clock.seconds}
         row["layers_solved"] = len(losses)

@@ -15,9 +15,16 @@ Stats = Any  # a pytree of arrays
 
 
 class LayerBatch(NamedTuple):
-    """Inputs of a linear layer for one calibration batch, [tokens, d_in]; rows of padding are zero."""
+    """Inputs of a linear layer for one calibration batch, [tokens, d_in]; rows of padding are zero.
+
+    Attributes:
+        x: as the model gives them whose earlier layers are quantized already.
+        x_float: as the float model gives them, if the method needs those (`needs_float_inputs`). Experts are given `x`
+            again, for the float model may route otherwise.
+    """
 
     x: Float[Array, "tokens d_in"]
+    x_float: Float[Array, "tokens d_in"] | None = None
 
 
 class Solution(NamedTuple):
@@ -35,12 +42,15 @@ class Method(NamedTuple):
 
     Attributes:
         name: for reports.
-        init: (d_in, d_out) -> Stats, before the first batch.
-        update: (Stats, LayerBatch) -> Stats; jitted by the caller.
+        init: (d_in, d_out) -> Stats, before the first batch: zeros.
+        update: (Stats, LayerBatch) -> Stats; jitted by the caller. Statistics are sums over tokens, so that devices can
+            add up theirs.
         solve: (weight [d_in, d_out], Stats, QuantSpec) -> QuantizedTensor or Solution; jitted by the caller,
             the spec being static. Layers with the same input are solved as one, their outputs concatenated.
         hessian: reads sum x x^T from Stats where the method keeps it, so that the report need not add it up again.
         settings: what it was made with, by name, for the report.
+        needs_float_inputs: batches carry `x_float`, which takes a second pass through the model.
+        independent_outputs: `solve` treats each output by itself, so that devices can share them.
     """
 
     init: Callable[[int, int], Stats]
@@ -49,6 +59,8 @@ class Method(NamedTuple):
     hessian: Callable[[Stats], Array] | None = None
     name: str = "custom"
     settings: tuple[tuple[str, Any], ...] = ()  # pairs, so that a method stays hashable
+    needs_float_inputs: bool = False
+    independent_outputs: bool = False
 
 
 def assemble(

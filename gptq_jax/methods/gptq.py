@@ -80,7 +80,9 @@ def gptq(*, order: str = "activation", static_groups: bool = True, grid: str = "
         return solve_layer(weight, hessian, spec, options)
 
     settings = tuple(asdict(options).items())
-    return Method(init, update, solve, hessian=lambda hessian: hessian, name="gptq", settings=settings)
+    return Method(
+        init, update, solve, hessian=lambda hessian: hessian, name="gptq", settings=settings, independent_outputs=True
+    )
 
 
 def gptq_solve(

@@ -31,7 +31,7 @@ def rtn(grid: str = "minmax") -> Method:
     def solve(weight: Float[Array, "d_in d_out"], stats: tuple[()], spec: QuantSpec) -> QuantizedTensor:
         return round_to_nearest(weight, spec, grid=grid)
 
-    return Method(init, update, solve, name="rtn", settings=(("grid", grid),))
+    return Method(init, update, solve, name="rtn", settings=(("grid", grid),), independent_outputs=True)
 
 
 @partial(jax.jit, static_argnames=("spec", "grid"))

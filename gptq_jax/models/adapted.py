@@ -22,6 +22,7 @@ from gptq_jax.hooks.nnx_function import NnxFunction
 from gptq_jax.hooks.program import Program, Root, trace
 from gptq_jax.matmul import is_packed
 from gptq_jax.models.adapted_blocks import Plan
+from gptq_jax.models.identity import digest_arrays
 from gptq_jax.models.quantizable import Calibration
 
 IsBlock = Callable[[str, Any], bool]
@@ -100,13 +101,18 @@ class AdaptedModel:
 
         return Calibration(
             blocks=first.blocks(paths),
-            start=lambda: [plans[call.signature].start(paths, [*state, *call.arrays]) for call in made],
+            start=lambda: (plans[call.signature].start(paths, [*state, *call.arrays]) for call in made),
             masks=real,
             kept_float=first.kept_float,
             refused=first.refused,
             alike=first.alike,
             assemble=assemble,
+            one_device="a module of your own is quantized on one",
         )
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from another; see `quantizable.BlockModel`."""
+        return {"weights": digest_arrays((self.params, self.state))}
 
     def by_path(self) -> dict[str, Any]:
         """The parameters by dotted path."""

@@ -260,9 +260,9 @@ class Plan:
         return {path: (layouts[path], _stack(slices, layouts[path])) for path, slices in found.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AdaptedBlock:
-    """One block of a user's module; see `models.base.Block`."""
+    """One block of a user's module; see `quantizable.Block` and `quantizable.Forward`, both of which it is."""
 
     plan: Plan
     number: int
@@ -274,6 +274,11 @@ class AdaptedBlock:
     def params(self) -> Params:
         """See `Plan.params`."""
         return self.plan.params(self.number, self.paths)
+
+    @property
+    def forward(self) -> "AdaptedBlock":
+        """Its own."""
+        return self
 
     def run(self, params: Params, state: State, mask: Any, known: Mapping[str, Array]) -> State:
         """What later blocks need, after this one."""

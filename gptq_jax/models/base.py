@@ -4,7 +4,7 @@ Every forward pass is a Python loop over blocks, calling one compiled function f
 time does not grow with depth, and a block's parameters may come from anywhere (memory, a file, a quantizer).
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from gptq_jax.hooks.low_rank import LORA
 from gptq_jax.hooks.nnx import Input, Params, bind, float_layers, linear_layers, parameters, record_inputs
+from gptq_jax.models.identity import digest_arrays, digest_json
 from gptq_jax.models.quantizable import Calibration
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
@@ -81,19 +82,12 @@ class Headed(Protocol):
         """Called with the stream; returns float32 logits [batch, time, vocab]."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ArchitectureBlock:
-    """A block of a supplied architecture; the state is the residual stream [batch, time, d_model]."""
+@dataclass(frozen=True)
+class BlockForward:
+    """How a block of a supplied architecture runs; the state is the residual stream [batch, time, d_model]."""
 
     config: Any
     kind: Any
-    prefix: str
-    params: Params
-
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """See `input_groups`."""
-        return input_groups(self.config, self.kind)
 
     def run(self, params: Params, state: Any, mask: Any, known: Mapping[str, Any]) -> Any:
         """See `run_block`."""
@@ -108,6 +102,31 @@ class ArchitectureBlock:
     def rows(self, state: Any, path: str) -> int:
         """Every layer sees every token."""
         return state.shape[0] * state.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureBlock:
+    """A block of a supplied architecture; see `quantizable.Block`.
+
+    Attributes:
+        forward: how it runs.
+        prefix: of its layers' paths.
+        read: gives its parameters: those of a model, or read from a file.
+    """
+
+    forward: BlockForward
+    prefix: str
+    read: Callable[[], Params]
+
+    @property
+    def params(self) -> Params:
+        """What `read` gives."""
+        return self.read()
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """See `input_groups`."""
+        return input_groups(self.forward.config, self.forward.kind)
 
 
 @dataclass(frozen=True)
@@ -143,51 +162,95 @@ class Model:
 
     def blocks(self) -> list[ArchitectureBlock]:
         """The blocks with their parameters."""
-        return [
-            ArchitectureBlock(
-                config=self.config, kind=self.config.layer_kind(index), prefix=f"layers.{index}.", params=params
-            )
-            for index, params in enumerate(self.params["layers"])
-        ]
+        return blocks_of(self.config, lambda index: self.params["layers"][index])
 
     def calibration(self, calls: Sequence[Any], masks: Sequence[Any]) -> Calibration:
-        """The model block by block; see `BlockModel`.
-
-        Args:
-            calls: tokens, each [batch, time] integers.
-            masks: for each, True for real tokens; None if all are.
+        """The model block by block on tokens; see `calibrate`.
 
         Raises:
-            ValueError: bad tokens, batches beyond the context, a mask of another shape, or adapters beside layers.
+            ValueError: also if the model has adapters beside its layers.
         """
         check_no_lora(self, "quantized")
-        tokens = [check_tokens(rows, self.config.vocab_size) for rows in calls]
-        real = [None if mask is None else jnp.asarray(mask, bool) for mask in masks]
-        for batch, mask in zip(tokens, real, strict=True):
-            if batch.shape[1] > self.config.context_length:
-                raise ValueError(
-                    f"batches of {batch.shape[1]} tokens exceed the model's context of {self.config.context_length}."
-                )
-            if mask is not None and mask.shape != batch.shape:
-                raise ValueError(f"mask has shape {mask.shape}, but its tokens {batch.shape}.")
-        tied, blocks = self.config.tie_embeddings, self.blocks()
-        return Calibration(
-            blocks=blocks,
-            start=lambda: [embed(self.config, self.params, batch) for batch in tokens],
-            masks=real,
-            kept_float={
-                **{
-                    f"{block.prefix}{path}": reason
-                    for block in blocks
-                    for path, reason in float_layers(self.config.abstract_block(block.kind)).items()
-                },
-                "embed": "a lookup table, not a product",
-                "head": "reads the embedding" if tied else "the output head stays float",
-            },
+        return calibrate(
+            self.config,
+            calls,
+            masks,
+            embedding=lambda: self.params["embed"],
+            block=lambda index: self.params["layers"][index],
             assemble=lambda packed, report: replace(
                 self, params={**self.params, "layers": list(packed)}, report=report
             ),
         )
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from another; see `quantizable.BlockModel`."""
+        return {"config": digest_json(self.source), "weights": digest_arrays(self.params)}
+
+
+def blocks_of(config: Architecture, read: Callable[[int], Params]) -> list[ArchitectureBlock]:
+    """The blocks of an architecture; `read` gives the parameters of each by its index."""
+    return [
+        ArchitectureBlock(
+            forward=BlockForward(config, config.layer_kind(index)),
+            prefix=f"layers.{index}.",
+            read=partial(read, index),
+        )
+        for index in range(config.num_layers)
+    ]
+
+
+def calibrate(
+    config: Architecture,
+    calls: Sequence[Any],
+    masks: Sequence[Any],
+    *,
+    embedding: Callable[[], Params],
+    block: Callable[[int], Params],
+    assemble: Callable[[Sequence[Params], dict[str, Any]], Any],
+) -> Calibration:
+    """A supplied architecture block by block, its parameters read when they are needed.
+
+    Args:
+        config: the architecture.
+        calls: tokens, each [batch, time] integers.
+        masks: for each, True for real tokens; None if all are.
+        embedding: gives the parameters of the embedding.
+        block: gives those of one block.
+        assemble: as `Calibration.assemble`.
+
+    Raises:
+        ValueError: bad tokens, batches beyond the context, or a mask of another shape.
+    """
+    tokens = [check_tokens(rows, config.vocab_size) for rows in calls]
+    real = [None if mask is None else jnp.asarray(mask, bool) for mask in masks]
+    for batch, mask in zip(tokens, real, strict=True):
+        if batch.shape[1] > config.context_length:
+            raise ValueError(
+                f"batches of {batch.shape[1]} tokens exceed the model's context of {config.context_length}."
+            )
+        if mask is not None and mask.shape != batch.shape:
+            raise ValueError(f"mask has shape {mask.shape}, but its tokens {batch.shape}.")
+
+    def start() -> Iterator[Array]:
+        params = {"embed": embedding()}
+        return (embed(config, params, batch) for batch in tokens)
+
+    blocks = blocks_of(config, block)
+    return Calibration(
+        blocks=blocks,
+        start=start,
+        masks=real,
+        kept_float={
+            **{
+                f"{each.prefix}{path}": reason
+                for each in blocks
+                for path, reason in float_layers(config.abstract_block(each.forward.kind)).items()
+            },
+            "embed": "a lookup table, not a product",
+            "head": "reads the embedding" if config.tie_embeddings else "the output head stays float",
+        },
+        assemble=assemble,
+    )
 
 
 def hidden_states(model: Model, tokens: Int32[Array, "batch time"]) -> Float[Array, "batch time d_model"]:

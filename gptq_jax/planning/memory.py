@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from gptq_jax.block import KEPT_BYTES
 from gptq_jax.generate import PREFILL_CHUNK, cache_capacity
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.models.base import Architecture, input_groups
 from gptq_jax.planning.compiled import cache_shapes, cached_bytes, forward_bytes, input_shapes, stream_shape
 from gptq_jax.storage.store import tree_bytes
+from gptq_jax.stream import STREAMED_BYTES
 from gptq_jax.tensor import QuantizedTensor
 
 
@@ -169,7 +169,7 @@ def _stages(
         d_out = sum(shape[-1] for shape in shapes)
         hessian = 4 * d_in * d_in * (experts + (len(shapes[0]) > 2))  # experts share one besides
         captured = tree_bytes(fed[group[0]])
-        inputs = min(KEPT_BYTES, inputs + captured * tokens // of_batch)
+        inputs = min(STREAMED_BYTES, inputs + captured * tokens // of_batch)
         held = working + before + hessian
         name = ", ".join(group)
         yield _Stage(

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from gptq_jax.bench.timing import device_kind, measure_yardstick
-from gptq_jax.block import KEPT_BYTES
 from gptq_jax.cache import cache_directory
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.methods.gptq import gptq_solve
 from gptq_jax.models.base import Architecture, input_groups
 from gptq_jax.planning.memory import kernel_of
 from gptq_jax.storage.store import tree_bytes
+from gptq_jax.stream import STREAMED_BYTES
 from gptq_jax.tensor import QuantizedTensor
 
 _SOLVED = 2048  # d_in and d_out of the layer whose solving is timed
@@ -138,7 +138,7 @@ def quantize_seconds(architecture: Architecture, packed: Params, profile: Device
             if isinstance(kernels[0], QuantizedTensor):
                 # Inputs that were not kept are computed from the start of the block.
                 kept += 4.0 * tokens * d_in
-                products += 2.0 * tokens * earlier * max(0.0, 1 - KEPT_BYTES / kept)
+                products += 2.0 * tokens * earlier * max(0.0, 1 - STREAMED_BYTES / kept)
                 products += 2.0 * tokens * d_in**2 + 3 * 2.0 * d_in**2 * d_out
                 solving += solve_flops(d_in, d_out)
             earlier += weights

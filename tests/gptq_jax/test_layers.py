@@ -18,8 +18,12 @@ LEVELS = {
         "gptq_jax.calibration",
         "gptq_jax.statistics",
         "gptq_jax.parallel",
+        "gptq_jax.clock",
+        "gptq_jax.activations",
     ),
     6: (
+        "gptq_jax.stream",
+        "gptq_jax.observe",
         "gptq_jax.block",
         "gptq_jax.pipeline",
         "gptq_jax.evaluate",
@@ -32,7 +36,9 @@ LEVELS = {
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 SAME_LEVEL = {  # what may be imported beside a file on its own level: an order inside it
     "gptq_jax.spec": {"pallas_kernels"},
-    "gptq_jax.pipeline": {"gptq_jax.block"},
+    "gptq_jax.observe": {"gptq_jax.stream"},
+    "gptq_jax.block": {"gptq_jax.observe", "gptq_jax.stream"},
+    "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
     "gptq_jax.planning": {"gptq_jax.bench"},
     "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.demo", "gptq_jax.planning"},
 }

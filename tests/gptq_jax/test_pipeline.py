@@ -15,7 +15,7 @@ from gptq_jax import terminal
 from gptq_jax.calibration import Batch
 from gptq_jax.inspection import inspect_model, inspection_table
 from gptq_jax.methods import gptq, gptq_solve, rtn
-from gptq_jax.models.base import ArchitectureBlock
+from gptq_jax.models.base import BlockForward
 from gptq_jax.pipeline import is_quantized, quantize
 from gptq_jax.report import Report
 from gptq_jax.spec import QuantSpec, SpecRules
@@ -134,7 +134,7 @@ def test_report(model, quantized):
     assert set(report.kept_float) == {"embed", "head"}
     asked = {"order": "activation", "static_groups": True, "grid": "minmax", "damping": 0.01}
     assert report.settings == {"method": "gptq", **asked, "true_sequential": True}
-    assert set(report.seconds) == {"forward", "hessian", "solve", "measure"}
+    assert set(report.seconds) == {"read", "forward", "hessian", "solve", "measure", "write"}
     arrays = [kernel(block, path) for block in packed.params["layers"] for path in PATHS]
     assert report.bits_per_weight == pytest.approx(
         8 * sum(t.nbytes for t in arrays) / sum(t.d_in * t.d_out for t in arrays)
@@ -237,12 +237,12 @@ def test_layers_fed_nothing_or_infinity_stop_the_run_by_name(model, value, messa
 
 
 def test_layers_that_miss_tokens_stop_the_run_by_name(model, monkeypatch):
-    whole = ArchitectureBlock.capture
+    whole = BlockForward.capture
 
     def half(*args, **kwargs):
         return {path: value[:1] for path, value in whole(*args, **kwargs).items()}
 
-    monkeypatch.setattr(ArchitectureBlock, "capture", half)
+    monkeypatch.setattr(BlockForward, "capture", half)
     names = ", ".join(f"layers.0.{path}" for path in STAGES[0])
     with pytest.raises(ValueError, match=f"^{names} saw 48 tokens, but the calibration has 144"):
         quantize(model, BATCHES, SPEC, METHOD)
@@ -333,7 +333,7 @@ def test_progress_is_told(model):
 
 
 def test_the_inputs_kept_in_memory_are_bounded(model, quantized, monkeypatch):
-    monkeypatch.setattr(block_module, "KEPT_BYTES", 0)
+    monkeypatch.setattr("gptq_jax.pipeline.KEPT_BYTES", 0)
     again, _ = quantize(model, BATCHES, SPEC, METHOD)
     assert min(equal_codes(again, quantized[0]).values()) >= 0.99
 

@@ -180,7 +180,7 @@ def test_padding_is_no_token_of_an_expert():
 
 def test_what_is_recorded_once_serves_every_stage(monkeypatch):
     """Inputs that are computed again, rather than kept, give the same codes."""
-    monkeypatch.setattr("gptq_jax.block.KEPT_BYTES", 0)
+    monkeypatch.setattr("gptq_jax.pipeline.KEPT_BYTES", 0)
     again, _ = quantize(float_model("qwen3moe"), batches(), SPEC, min_expert_tokens=60)
     same = [
         np.mean(np.asarray(a.codes) == np.asarray(b.codes))

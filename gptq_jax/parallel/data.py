@@ -1,4 +1,4 @@
-"""Many devices of one process: a mesh with one axis, batches cut along it, parameters on every device."""
+"""Many devices, of one process or several: a mesh with one axis, batches cut along it, parameters on every device."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ Tree = TypeVar("Tree")
 
 
 def choose_devices(devices: int | Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
-    """The devices themselves, the first so many of this process, or all of them for None.
+    """The devices themselves, the first so many, or all of them for None; of several processes, all have to take part.
 
     Raises:
         ValueError: not a positive number, more than there are, or the same one twice.
     """
-    here = jax.local_devices()
+    here = jax.devices()
     if devices is None:
         return tuple(here)
     if isinstance(devices, int):
@@ -35,7 +35,10 @@ def choose_devices(devices: int | Sequence[jax.Device] | None) -> tuple[jax.Devi
                 f"{'s' if len(here) > 1 else ''} of this process: use at most {len(here)}"
                 f"{hint if here[0].platform == 'cpu' else ''}."
             )
-        return tuple(here[:devices])
+        chosen = here[:devices]
+        if left_out := {device.process_index for device in here} - {device.process_index for device in chosen}:
+            raise ValueError(f"devices={devices} leaves out process {min(left_out)}: every process needs one at least.")
+        return tuple(chosen)
     if not devices or len(set(devices)) != len(devices):
         raise ValueError(f"devices={list(devices)} must be at least one device, and none twice.")
     return tuple(devices)
@@ -74,38 +77,86 @@ class DataParallel:
         """Devices that a batch is cut for."""
         return 1 if self.mesh is None else self.mesh.size
 
+    @property
+    def here(self) -> tuple[int, ...]:
+        """Which parts of a batch are on devices of this process, by number."""
+        if self.mesh is None:
+            return (0,)
+        devices = enumerate(self.mesh.devices.flat)
+        return tuple(number for number, device in devices if device.process_index == jax.process_index())
+
     def replicate(self, tree: Tree) -> Tree:
         """`tree` on every device; copied only to those where it is not yet."""
-        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        if self.mesh is None:
+            return tree
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        if len(self.here) == self.size:
+            return jax.device_put(tree, sharding)
+        return jax.tree.map(lambda leaf: _everywhere(leaf, sharding), tree)
 
     def shard(self, batch: Shaped[np.ndarray, "rows ..."]) -> Shaped[Array, "..."]:
-        """Rows cut evenly over the devices, of whose number they are a multiple."""
+        """Rows cut evenly over the devices, of whose number they are a multiple; each process gives all of them."""
         if self.mesh is None:
             return jax.numpy.asarray(batch)
         if self.parallel == "pmap":
             batch = batch.reshape(self.size, -1, *batch.shape[1:])
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        if len(self.here) == self.size:
+            return jax.device_put(batch, sharding)
+        if self.parallel == "pmap":  # takes what the devices of this process need
+            return jax.numpy.asarray(batch[list(self.here)])
+        return jax.make_array_from_callback(batch.shape, sharding, lambda where: batch[where])
 
     def gather(self, rows: Shaped[Array, "..."]) -> Shaped[np.ndarray, "rows ..."]:
         """The inverse of `shard`."""
-        found = np.asarray(rows)
+        if self.mesh is None or len(self.here) == self.size:
+            found = np.asarray(rows)
+        else:
+            from jax.experimental.multihost_utils import process_allgather
+
+            found = process_allgather(rows, tiled=True)
         return found.reshape(-1, *found.shape[2:]) if self.mesh is not None and self.parallel == "pmap" else found
 
-    def run(self, function: Callable[..., Any], *static: Hashable, params: Any, batches: tuple[Array, ...]) -> Any:
+    def feed(self, parts: Tree) -> Tree:
+        """Arrays of the host, the rows that this process's devices take, as `run` takes them."""
+        if self.mesh is None:
+            return jax.tree.map(jax.numpy.asarray, parts)
+        sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
+        return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), parts)
+
+    def fetch(self, tree: Tree) -> Tree:
+        """The inverse of `feed`."""
+        return jax.tree.map(np.asarray if self.mesh is None else _local_rows, tree)
+
+    def run(self, function: Callable[..., Any], *static: Hashable, params: Any, batches: tuple[Any, ...]) -> Any:
         """`function(*static, params, *batches)`, whose result has the rows of the batches.
 
         Args:
             function: known by its identity: it is compiled once for each mesh and `static`.
             static: what it is specialized for.
             params: of `replicate`.
-            batches: of `shard`, or of `run`.
+            batches: pytrees of `shard`, `feed` or `run`.
         """
         if self.mesh is None:
             return function(*static, params, *batches)
         return _mapped(function, static, self.mesh, self.parallel)(params, batches)
 
 
-@lru_cache(maxsize=64)
+def _everywhere(leaf: Any, sharding: NamedSharding) -> Array:
+    """An array that every process has, on all devices of all of them."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda array: array, out_shardings=sharding)(leaf)
+    found = np.asarray(leaf)
+    return jax.make_array_from_callback(found.shape, sharding, lambda where: found[where])
+
+
+def _local_rows(array: Array) -> Shaped[np.ndarray, "rows ..."]:
+    """Of an array that is cut by rows, those on devices of this process."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+@lru_cache(maxsize=256)
 def _mapped(function: Callable[..., Any], static: tuple[Hashable, ...], mesh: Mesh, parallel: str) -> Any:
     def one_device(params: Any, batches: tuple[Array, ...]) -> Any:
         return function(*static, params, *batches)
