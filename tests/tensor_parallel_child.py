@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from tiny_quantization import compilations
 from typer.testing import CliRunner
 
-from gptq_jax import QuantizedTensor, QuantSpec, compare, generate, load, perplexity, prepare, quantize, rtn, save
+from gptq_jax import QuantizedTensor, QuantSpec, compare, generate, load, perplexity, prepare, save
 from gptq_jax.cli import app
 from gptq_jax.generate import generate_tokens
 from gptq_jax.models.tensor_parallel import heads_of
@@ -33,9 +33,9 @@ from gptq_jax.storage.sharding import place_on_mesh
 TOKENS = np.random.default_rng(0).integers(0, 320, (4, 16), dtype=np.int32)
 STREAM = TOKENS.reshape(-1)
 CASES = {  # format, bits, group size, symmetric, shape of the mesh
-    "2 bits": ("store", 2, 16, False, (4,)),
+    "2 bits": ("store", 2, 16, False, (2, 2)),
     "3 bits": ("store", 3, 32, True, (4,)),  # attention's output cannot be cut by inputs
-    "4 bits": ("store", 4, 16, False, (2, 2)),
+    "4 bits": ("store", 4, 16, False, (2,)),
     "8 bits": ("gptq_v2", 8, -1, False, (4,)),
     "float": ("float", 4, 16, True, (4,)),
 }
@@ -56,7 +56,7 @@ def difference(found, expected) -> float:
 
 def tiny(spec: QuantSpec):
     """A packed model; weights of more bits are not larger."""
-    model, _ = packed_model(spec, config={"num_key_value_heads": 4, "intermediate_size": 128})
+    model, _ = packed_model(spec, config={"num_key_value_heads": 4, "intermediate_size": 128}, tokenizer=True)
 
     def smaller(leaf):
         return replace(leaf, scales=leaf.scales / 2 ** (spec.bits - 2)) if isinstance(leaf, QuantizedTensor) else leaf
@@ -109,12 +109,16 @@ def run_case(folder: Path, name: str) -> dict:
 
 
 def experts(folder: Path) -> float:
-    floats = expert_models.float_model("mixtral")
-    (tokens,) = expert_models.batches(1)
-    one, _ = quantize(floats, [tokens], QuantSpec(group_size=8), rtn())
-    save(one, folder / "experts")
+    model = expert_models.float_model("mixtral")
+    tokens = expert_models.batches(1)[0]
+    for layer in model.params["layers"]:
+        for name, own in layer["block_sparse_moe"]["experts"].items():
+            count, *shape = own["kernel"].shape
+            parts = [packed_tensor(*shape, QuantSpec(group_size=8), seed=seed)[0] for seed in range(count)]
+            layer["block_sparse_moe"]["experts"][name] = {"kernel": jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)}
+    save(model, folder / "experts")
     many = prepare(load(folder / "experts", mesh=mesh_of(2)))
-    return difference(many(tokens), one(tokens))
+    return difference(many(tokens), model(tokens))
 
 
 def refused(call) -> str:
@@ -165,14 +169,13 @@ def fallbacks() -> dict:
 
 
 def commands(folder: Path) -> dict[str, str]:
-    model = packed_model(config={"max_position_embeddings": 64}, tokenizer=True)[0]
-    save(model, folder / "cli")
     (folder / "text.txt").write_text(TEXT)
-    evaluated = ["eval", str(folder / "cli"), "--text", str(folder / "text.txt"), "--length", "8", "--json"]
-    generated = ["generate", str(folder / "cli"), "--prompt", "the quick", "--max-new-tokens", "3"]
+    path, one = str(folder / "4 bits"), floated(load(folder / "4 bits"))
+    evaluated = ["eval", path, "--text", str(folder / "text.txt"), "--length", "16", "--json"]
+    generated = ["generate", path, "--prompt", "the quick", "--max-new-tokens", "3"]
     cut = ["--tensor-parallel", "2"]
-    out = {"perplexity": perplexity(floated(model), TEXT, length=8, devices=1)}
-    out["text"] = generate(floated(model), "the quick", max_new_tokens=3)
+    out = {"perplexity": perplexity(one, TEXT, length=16, devices=1)}
+    out["text"] = generate(one, "the quick", max_new_tokens=3)
     for name, command in {
         "eval": [*evaluated, *cut],
         "generate": [*generated, *cut],
@@ -187,10 +190,10 @@ def commands(folder: Path) -> dict[str, str]:
 def results(folder: Path) -> dict:
     """What was computed, by name."""
     out = {name: run_case(folder, name) for name in CASES}
-    cut = load(folder / "4 bits", mesh=mesh_of(2, 2))
+    cut = load(folder / "2 bits", mesh=mesh_of(2, 2))
     out["heads"] = str(heads_of(cut.params["layers"][0]).spec)
     explicit = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
-    out["explicit axes"] = difference(load(folder / "4 bits", mesh=explicit)(TOKENS), cut(TOKENS))
+    out["explicit axes"] = difference(load(folder / "2 bits", mesh=explicit)(TOKENS), cut(TOKENS))
     parts = {"experts": experts, "refusals": refusals, "cli": commands}
     return {**out, **{name: part(folder) for name, part in parts.items()}, "fallbacks": fallbacks()}
 

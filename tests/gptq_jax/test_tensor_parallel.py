@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = {"2 bits": 4, "3 bits": 4, "4 bits": 2, "8 bits": 4, "float": 4}  # devices over which weights are cut
+CASES = {"2 bits": 2, "3 bits": 4, "4 bits": 2, "8 bits": 4, "float": 4}  # devices over which weights are cut
 HERE = Path(__file__).resolve().parents[1]
 
 
