@@ -8,7 +8,7 @@ from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 
 # methods
-from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
+from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
 
 # models and checkpoints
 from gptq_jax.hooks.registry import register_layer
@@ -16,7 +16,7 @@ from gptq_jax.models.adapted import AdaptedModel, adapt
 from gptq_jax.models.base import Model
 from gptq_jax.models.lora import lora, merge_lora, with_lora
 from gptq_jax.models.prepared import prepare
-from gptq_jax.storage import CheckpointError, load, save
+from gptq_jax.storage import CheckpointError, CheckpointSource, StoreSink, load, open_checkpoint, save
 from gptq_jax.storage.export import export
 from gptq_jax.storage.peft import load_lora, save_lora
 from gptq_jax.storage.sharding import ShardingRules
@@ -25,7 +25,7 @@ from gptq_jax.storage.sharding import ShardingRules
 from gptq_jax.calibration import calibration_batches
 from gptq_jax.evaluate import compare, perplexity
 from gptq_jax.generate import generate
-from gptq_jax.pipeline import quantize
+from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
 from gptq_jax.report import Report
 
@@ -34,6 +34,7 @@ __version__ = _version("gptq-jax")
 __all__ = [
     "AdaptedModel",
     "CheckpointError",
+    "CheckpointSource",
     "LayerBatch",
     "Method",
     "Model",
@@ -43,21 +44,28 @@ __all__ = [
     "ShardingRules",
     "Solution",
     "SpecRules",
+    "StoreSink",
     "adapt",
     "calibration_batches",
     "compare",
+    "coordinate_descent",
     "export",
     "generate",
+    "gptaq",
     "gptq",
     "gptq_solve",
+    "hqq",
     "load",
     "load_lora",
     "lora",
     "merge_lora",
+    "open_checkpoint",
     "perplexity",
     "plan",
     "prepare",
+    "qep",
     "quantize",
+    "quantize_blocks",
     "register_layer",
     "rtn",
     "save",

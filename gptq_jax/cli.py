@@ -59,8 +59,8 @@ def command(function: Callable[..., None], app: typer.Typer = app) -> Callable[.
             text = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"error: {text}", err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted: nothing half-written is left.", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"interrupted: {str(stop) or 'nothing half-written is left'}.", err=True)
             raise typer.Exit(130) from None
 
     return app.command(name=function.__name__.rstrip("_"))(run)
@@ -108,20 +108,35 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="Share the work among N of this machine's devices. [all]")
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the calibration between blocks in a file there. [in memory]"),
+    ] = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the blocks that an interrupted run left, and begin anew.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize MODEL and write it to a directory."""
+    """Quantize MODEL block by block and write it to a directory.
+
+    Interrupted or killed, the same command goes on after the last whole block.
+    """
     from dataclasses import replace
 
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
-    from gptq_jax.pipeline import layer_specs
-    from gptq_jax.pipeline import quantize as quantize_model
+    from gptq_jax.models.base import Model
+    from gptq_jax.pipeline import layer_specs, quantize_blocks
+    from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
-    from gptq_jax.storage.load import load
-    from gptq_jax.storage.store import check_target, planned_bytes, save
+    from gptq_jax.storage.directory import check_target
+    from gptq_jax.storage.sink import StoreSink
+    from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, escape, layer_progress, note, summarize
 
     rules = SpecRules(
@@ -139,24 +154,11 @@ def quantize(
     check_target(out, overwrite=overwrite)
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
-    with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype), arch_config=arch_config)
-    specs = layer_specs(loaded, rules)
-    check_target(out, overwrite=overwrite, nbytes=planned_bytes(loaded, specs))
-    length = _window(length, loaded.config.context_length)
-    windows = sample_windows(token_stream(text, loaded.tokenizer), samples=samples, length=length, seed=seed)
-    with layer_progress() as on_layer:
-        quantized, report = quantize_model(
-            loaded,
-            batches(windows, batch_size),
-            rules,
-            chosen,
-            true_sequential=true_sequential,
-            min_expert_tokens=min_expert_tokens,
-            on_layer=on_layer,
-        )
+    source = _open_float(model, dtype, arch_config)
+    specs = layer_specs(source, rules)
+    length = _window(length, source.config.context_length)
+    windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
     settings = {
-        **report.settings,
         "method": method,
         "model": model,
         "calibration": calibration,
@@ -164,9 +166,37 @@ def quantize(
         "length": length,
         "seed": seed,
     }
-    report = replace(report, settings=settings)
-    with console.status(f"writing {escape(str(out))}"):
-        save(replace(quantized, report=report.to_json()), out, overwrite=overwrite)
+
+    def opened(there: int, blocks: int) -> None:
+        if there:
+            note(f"going on with what an interrupted run left: {there} of {blocks} blocks are done")
+
+    sink = StoreSink(
+        out,
+        source,
+        overwrite=overwrite,
+        restart=restart,
+        nbytes=planned_bytes(Model(source.config, float_shapes(source.config, str(dtype))), specs),
+        settings=settings,
+        on_open=opened,
+    )
+    with sink, layer_progress() as on_layer:
+        try:
+            _, report = quantize_blocks(
+                source,
+                sink,
+                batches(windows, batch_size),
+                rules,
+                chosen,
+                true_sequential=true_sequential,
+                min_expert_tokens=min_expert_tokens,
+                devices=devices,
+                activations=activations,
+                on_layer=on_layer,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(sink.kept()) from None
+    report = replace(report, settings={**report.settings, **settings})
     summarize(report)
     note(f"wrote {out}")
     if as_json:
@@ -201,9 +231,9 @@ def eval_(
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
     mesh = _mesh(tensor_parallel)
-    if mesh is not None and (devices is not None or parallel is not Parallel.jit):
+    if tensor_parallel is not None and (devices is not None or parallel is not Parallel.jit):
         raise ValueError("--tensor-parallel cuts the model, --devices and --parallel pmap copy it: give one of them.")
-    chosen = None if mesh is not None else choose_devices(devices)
+    chosen = choose_devices(tensor_parallel or devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
         loaded = _runnable(model, dtype, arch_config, mesh)
@@ -212,12 +242,13 @@ def eval_(
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
-    result |= {"devices": tensor_parallel or len(chosen or ()), "parallel": "tensor" if mesh else str(parallel)}
+    result |= {"devices": len(chosen), "parallel": str(parallel) if mesh is None else "tensor"}
     settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
+    settings["devices"] = chosen if mesh is None else None  # of the mesh
     if other is None:
-        result["perplexity"] = perplexity(loaded, stream, devices=chosen, progress=True, **settings)
+        result["perplexity"] = perplexity(loaded, stream, progress=True, **settings)
     else:
-        compared = compare(loaded, other, stream, devices=chosen, progress=True, **settings)
+        compared = compare(loaded, other, stream, progress=True, **settings)
         result |= {
             "perplexity": compared.perplexity,
             "against": against,
@@ -370,9 +401,23 @@ def make_method(name: str, options: dict[str, Any]) -> Any:
     return method
 
 
+def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
+    """A checkpoint that is read block by block, or what `save` wrote in memory."""
+    from gptq_jax.storage.checkpoint_source import open_checkpoint
+    from gptq_jax.storage.load import load
+    from gptq_jax.storage.store import is_store
+    from gptq_jax.terminal import console, count_progress, escape
+
+    if is_store(Path(model)) and arch_config is None:
+        with console.status(f"loading {escape(model)}"):
+            return load(model)
+    with count_progress(f"checking {model}") as on_tensor:
+        return open_checkpoint(model, dtype=str(dtype), arch_config=arch_config, on_tensor=on_tensor)
+
+
 def _mesh(devices: int | None) -> Any:
-    """The first devices of this process in a row, for `--tensor-parallel`; None where it was not given."""
-    if devices is None:
+    """The first devices of this process in a row, for `--tensor-parallel`; None for one, or where it was not given."""
+    if devices in (None, 1):
         return None
     from gptq_jax.parallel import choose_devices
     from gptq_jax.storage.sharding import model_mesh

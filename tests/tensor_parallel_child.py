@@ -112,10 +112,13 @@ def experts(folder: Path) -> float:
     model = expert_models.float_model("mixtral")
     tokens = expert_models.batches(1)[0]
     for layer in model.params["layers"]:
-        for name, own in layer["block_sparse_moe"]["experts"].items():
+        layers = layer["block_sparse_moe"]["experts"]
+        for name, own in layers.items():
             count, *shape = own["kernel"].shape
             parts = [packed_tensor(*shape, QuantSpec(group_size=8), seed=seed)[0] for seed in range(count)]
-            layer["block_sparse_moe"]["experts"][name] = {"kernel": jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)}
+            layer["block_sparse_moe"]["experts"][name] = {
+                "kernel": jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+            }
     save(model, folder / "experts")
     many = prepare(load(folder / "experts", mesh=mesh_of(2)))
     return difference(many(tokens), model(tokens))

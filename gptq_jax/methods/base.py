@@ -1,12 +1,14 @@
 """What a quantization method is: pure functions over a state pytree."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from gptq_jax import grids
+from gptq_jax.hessian import accumulate
 from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.packing import pack
@@ -61,6 +63,24 @@ class Method(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()  # pairs, so that a method stays hashable
     needs_float_inputs: bool = False
     independent_outputs: bool = False
+
+
+@lru_cache
+def with_hessian(method: Method) -> Method:
+    """The method, with statistics that hold the Hessian too if they do not already."""
+    if method.hessian is not None:
+        return method
+
+    def init(d_in: int, d_out: int) -> tuple[Stats, Array]:
+        return method.init(d_in, d_out), jnp.zeros((d_in, d_in), jnp.float32)
+
+    def update(stats: tuple[Stats, Array], batch: LayerBatch) -> tuple[Stats, Array]:
+        return method.update(stats[0], batch), accumulate(stats[1], batch.x)
+
+    def solve(weight: Array, stats: tuple[Stats, Array], spec: QuantSpec) -> QuantizedTensor | Solution:
+        return method.solve(weight, stats[0], spec)
+
+    return method._replace(init=init, update=update, solve=solve, hessian=lambda stats: stats[1])
 
 
 def assemble(

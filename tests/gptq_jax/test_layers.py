@@ -36,6 +36,7 @@ LEVELS = {
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 SAME_LEVEL = {  # what may be imported beside a file on its own level: an order inside it
     "gptq_jax.spec": {"pallas_kernels"},
+    "gptq_jax.storage": {"gptq_jax.report"},
     "gptq_jax.observe": {"gptq_jax.stream"},
     "gptq_jax.block": {"gptq_jax.observe", "gptq_jax.stream"},
     "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
