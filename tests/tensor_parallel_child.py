@@ -15,9 +15,10 @@ if __name__ == "__main__":
 
 import expert_models
 import jax
+import jax.numpy as jnp
 import numpy as np
 from decoder_models import TEXT, floated
-from export_models import packed_model
+from export_models import packed_model, packed_tensor
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_quantization import compilations
@@ -116,9 +117,7 @@ def experts(folder: Path) -> float:
         for name, own in layers.items():
             count, *shape = own["kernel"].shape
             parts = [packed_tensor(*shape, QuantSpec(group_size=8), seed=seed)[0] for seed in range(count)]
-            layer["block_sparse_moe"]["experts"][name] = {
-                "kernel": jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-            }
+            layers[name] = {"kernel": jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)}
     save(model, folder / "experts")
     many = prepare(load(folder / "experts", mesh=mesh_of(2)))
     return difference(many(tokens), model(tokens))
@@ -196,7 +195,8 @@ def results(folder: Path) -> dict:
     cut = load(folder / "2 bits", mesh=mesh_of(2, 2))
     out["heads"] = str(heads_of(cut.params["layers"][0]).spec)
     explicit = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
-    out["explicit axes"] = difference(load(folder / "2 bits", mesh=explicit)(TOKENS), cut(TOKENS))
+    placed = load(folder / "2 bits", mesh=explicit).params["embed"]["embedding"].sharding.mesh
+    out["explicit axes"] = {axis_type.name for axis_type in placed.axis_types} == {"Auto"}
     parts = {"experts": experts, "refusals": refusals, "cli": commands}
     return {**out, **{name: part(folder) for name, part in parts.items()}, "fallbacks": fallbacks()}
 
