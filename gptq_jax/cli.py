@@ -29,6 +29,7 @@ from gptq_jax.options import (
     ProcessesOption,
     ProcessIdOption,
     ProfileOption,
+    TensorParallelOption,
 )
 from gptq_jax.planning import cli as planning
 
@@ -223,6 +224,7 @@ def eval_(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time on each device.")] = 1,
     devices: Annotated[int | None, typer.Option(metavar="N", help="Share the windows among N devices. [all]")] = None,
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
+    tensor_parallel: TensorParallelOption = None,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
@@ -243,23 +245,27 @@ def eval_(
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME.")
     _join(coordinator, process_id, processes)
-    chosen = choose_devices(devices)
+    mesh = _mesh(tensor_parallel)
+    if tensor_parallel is not None and (devices is not None or parallel is not Parallel.jit):
+        raise ValueError("--tensor-parallel cuts the model, --devices and --parallel pmap copy it: give one of them.")
+    chosen = choose_devices(tensor_parallel or devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype, arch_config)
-        other = _runnable(against, dtype) if against else None
+        loaded = _runnable(model, dtype, arch_config, mesh)
+        other = _runnable(against, dtype, mesh=mesh) if against else None
     length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
-    result |= {"devices": len(chosen), "parallel": str(parallel)}
+    result |= {"devices": len(chosen), "parallel": str(parallel) if mesh is None else "tensor"}
     settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
     settings["progress"] = is_first()
+    settings["devices"] = chosen if mesh is None else None  # of the mesh
     with _profiled(profile):
         if other is None:
-            result["perplexity"] = perplexity(loaded, stream, devices=chosen, **settings)
+            result["perplexity"] = perplexity(loaded, stream, **settings)
         else:
-            compared = compare(loaded, other, stream, devices=chosen, **settings)
+            compared = compare(loaded, other, stream, **settings)
             result |= {
                 "perplexity": compared.perplexity,
                 "against": against,
@@ -281,6 +287,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of total probability P.")] = None,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    tensor_parallel: TensorParallelOption = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
@@ -289,8 +296,9 @@ def generate(
     from gptq_jax.terminal import console, escape
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    mesh = _mesh(tensor_parallel)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype, arch_config)
+        loaded = _runnable(model, dtype, arch_config, mesh)
     for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -400,13 +408,26 @@ def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
         return open_checkpoint(model, dtype=str(dtype), arch_config=arch_config, on_tensor=on_tensor)
 
 
-def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:
-    """The model, its packed weights as they run here."""
+def _mesh(devices: int | None) -> Any:
+    """The first devices of this process in a row, for `--tensor-parallel`; None for one, or where it was not given."""
+    if devices in (None, 1):
+        return None
+    from gptq_jax.parallel import choose_devices
+    from gptq_jax.storage.sharding import model_mesh
+
+    try:
+        return model_mesh(choose_devices(devices))
+    except ValueError as error:
+        raise ValueError(f"--tensor-parallel: {error}") from None
+
+
+def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None, mesh: Any = None) -> Any:
+    """The model, its packed weights as they run here, or cut over the devices of a mesh."""
     from gptq_jax.models.prepared import prepare
     from gptq_jax.pipeline import is_quantized
     from gptq_jax.storage.load import load
 
-    loaded = load(model, dtype=str(dtype), arch_config=arch_config)
+    loaded = load(model, dtype=str(dtype), arch_config=arch_config, mesh=mesh)
     return prepare(loaded) if is_quantized(loaded) else loaded
 
 

@@ -98,13 +98,13 @@ def perplexity(
         batch_size: windows run at once on each device; changes speed and memory only, as the next two do.
         parallel: "jit": one program for a mesh of devices; "pmap": by `jax.pmap`. Either way each device has all
             parameters, and windows of its own.
-        devices: how many of this process's devices, or which; None for all of them. Parameters that are cut over
-            devices already stay as they are under "jit", and the mesh is theirs.
+        devices: how many of this process's devices, or which; None for all of them. A model whose parameters are cut
+            over devices runs on its own mesh, all windows of a batch together: it takes neither of the last two.
         progress: show a progress bar on the terminal's error stream.
 
     Raises:
         ValueError: fewer tokens than a window, a window longer than the model's context, bad tokens, logits that
-            are not finite, an unknown `parallel`, or devices that there are not.
+            are not finite, an unknown `parallel`, devices that there are not, or devices for a model that is cut.
     """
     reference = _reference(model)
     model = reference.model
@@ -141,7 +141,8 @@ def compare(
         batch_size, parallel, devices, progress: as for `perplexity`.
 
     Raises:
-        ValueError: as for `perplexity`, or the vocabularies differ in size.
+        ValueError: as for `perplexity`, or the vocabularies differ in size, or one model is cut over devices and the
+            other is elsewhere.
     """
     reference = _reference(other)
     other = reference.model
@@ -172,8 +173,17 @@ def compare(
 def data_parallel(parallel: str, devices: int | Sequence[jax.Device] | None, params: Any) -> DataParallel:
     """Where an evaluation runs; arguments and errors are those of `perplexity`."""
     DataParallel(None, parallel)  # its name first
-    stays = parallel == "jit" and devices is None and is_cut(params)
-    return DataParallel(None if stays else make_mesh(choose_devices(devices)), parallel)
+    if not is_cut(params):
+        return DataParallel(make_mesh(choose_devices(devices)), parallel)
+    if devices is not None or parallel != "jit":
+        raise ValueError(
+            "the parameters are cut over devices, and devices= and parallel='pmap' would copy all of them to each: "
+            "leave both out."
+        )
+    places = {frozenset(leaf.sharding.device_set) for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)}
+    if len(places) > 1:
+        raise ValueError("the models are on different devices: load both with one mesh.")
+    return DataParallel(None, parallel)
 
 
 def _reference(model: Model | AdaptedModel | Reference) -> Reference:

@@ -18,6 +18,10 @@ ArchConfigOption = Annotated[
         help="Of MODEL's architecture, where MODEL is an Orbax checkpoint of parameters or a .msgpack file.",
     ),
 ]
+TensorParallelOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Cut the model over N of this machine's devices, each of which holds its part."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
