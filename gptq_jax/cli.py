@@ -186,19 +186,45 @@ def eval_(
     ] = None,
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead: tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of more tasks.")] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples before a question. [as the task says]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions into the model's chat template.")] = False,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
+    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap. Or tasks."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
     from gptq_jax.parallel import choose_devices
     from gptq_jax.terminal import console, escape
 
+    if tasks is not None:
+        if text is not None or dataset is not None or against is not None:
+            raise ValueError("--tasks goes without --text, --dataset and --against: run eval again for those.")
+        from gptq_jax.harness.run import check_harness, run_tasks
+
+        check_harness()
+        with console.status(f"loading {escape(model)}"):
+            asked = _runnable(model, dtype, arch_config)
+        metrics = run_tasks(
+            asked,
+            tasks.split(","),
+            task_path=task_path,
+            few_shot=few_shot,
+            limit=limit,
+            batch_size=batch_size,
+            chat=chat,
+        )
+        _show({"model": model, "tasks": metrics} if as_json else {"model": model, **_flat(metrics)}, as_json)
+        return
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
-        raise ValueError("give either --text FILE or --dataset NAME.")
+        raise ValueError("give either --text FILE or --dataset NAME, or --tasks.")
     chosen = choose_devices(devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
@@ -354,6 +380,16 @@ def _window(length: int | None, context: int) -> int:
     if length is not None and length > context:
         raise ValueError(f"--length {length} is more than the model's context of {context} tokens.")
     return length or min(2048, context)
+
+
+def _flat(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is measured, a line each, by task."""
+    return {
+        f"{task} {name.removesuffix(',none')}": value
+        for task, found in metrics.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    }
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
