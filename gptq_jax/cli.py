@@ -226,6 +226,13 @@ def eval_(
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     tensor_parallel: TensorParallelOption = None,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead: tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of more tasks.")] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples before a question. [as the task says]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions into the model's chat template.")] = False,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     coordinator: CoordinatorOption = None,
@@ -234,16 +241,35 @@ def eval_(
     profile: ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
+    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap. Or tasks."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
     from gptq_jax.parallel import choose_devices
     from gptq_jax.parallel.hosts import is_first
     from gptq_jax.terminal import console, escape
 
+    if tasks is not None:
+        if text is not None or dataset is not None or against is not None:
+            raise ValueError("--tasks goes without --text, --dataset and --against: run eval again for those.")
+        from gptq_jax.harness.run import check_harness, run_tasks
+
+        check_harness()
+        with console.status(f"loading {escape(model)}"):
+            asked = _runnable(model, dtype, arch_config)
+        metrics = run_tasks(
+            asked,
+            tasks.split(","),
+            task_path=task_path,
+            few_shot=few_shot,
+            limit=limit,
+            batch_size=batch_size,
+            chat=chat,
+        )
+        _show({"model": model, "tasks": metrics} if as_json else {"model": model, **_flat(metrics)}, as_json)
+        return
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
-        raise ValueError("give either --text FILE or --dataset NAME.")
+        raise ValueError("give either --text FILE or --dataset NAME, or --tasks.")
     _join(coordinator, process_id, processes)
     mesh = _mesh(tensor_parallel)
     if tensor_parallel is not None and (devices is not None or parallel is not Parallel.jit):
@@ -452,6 +478,16 @@ def _profiled(directory: Path | None) -> AbstractContextManager[Any]:
     import jax
 
     return nullcontext() if directory is None else jax.profiler.trace(str(directory))
+
+
+def _flat(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is measured, a line each, by task."""
+    return {
+        f"{task} {name.removesuffix(',none')}": value
+        for task, found in metrics.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    }
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

@@ -59,14 +59,16 @@ class Reference:
 
     def __init__(self, model: Model | AdaptedModel, *, keep_bytes: int = 2**30):
         self.model = model
-        self._left = keep_bytes
+        self._keeps, self._left = keep_bytes > 0, keep_bytes
         self._kept: dict[Hashable, Array] = {}
 
     def hidden_states(
         self, where: DataParallel, model: Model | AdaptedModel, tokens: Int32[Array, "..."]
     ) -> Float[Array, "..."]:
         """What the head takes for these tokens; `model` is this one, its parameters where they are wanted."""
-        key = (where, np.asarray(tokens).tobytes())
+        if not self._keeps:
+            return _hidden_states(where, model, tokens)
+        key = (where, where.gather(tokens).tobytes())
         if key not in self._kept:
             states = _hidden_states(where, model, tokens)
             if states.nbytes > self._left:

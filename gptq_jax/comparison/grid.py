@@ -21,7 +21,6 @@ from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.methods import Method
 from gptq_jax.models.adapted import AdaptedModel
 from gptq_jax.models.base import Model
-from gptq_jax.models.identity import digest_arrays
 from gptq_jax.models.prepared import prepare
 from gptq_jax.pipeline import QUANTIZED, check_weights, is_quantized, quantize
 from gptq_jax.spec import QuantSpec
@@ -190,7 +189,7 @@ def _setting(model: Model | AdaptedModel) -> dict[str, Any]:
     from gptq_jax import __version__
 
     return {
-        "model": {"weights": digest_arrays(model.params)},
+        "model": model.identity(),
         "versions": {"gptq_jax": __version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,
     }
