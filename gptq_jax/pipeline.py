@@ -115,8 +115,8 @@ def quantize(
             finite or quantized already, rules that match nothing; during it, by name: a layer whose inputs are
             not finite, are all zero, or are not as many as the calibration tokens.
     """
-    job = _job(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
     check_weights(model)
+    job = _job(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
     return _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
 
 
@@ -154,6 +154,11 @@ def quantize_blocks(
     Raises:
         ValueError: as for `quantize`; or what is in the sink is of another run.
     """
+    if method is not None and method.rewrite is not None:
+        raise ValueError(
+            f"method {method.name!r} has the rewrite {method.rewrite.name!r}, which needs the whole model in memory: "
+            "use quantize, and save what it returns."
+        )
     job = _job(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
     there = sink.open(job.description(source.identity()))
     return _run(job, sink, there, budget=STREAMED_BYTES, activations=activations, on_layer=on_layer)
@@ -178,6 +183,8 @@ class _Job:
         return {
             "method": self.method.name,
             **dict(self.method.settings),
+            **({} if self.method.rewrite is None else {"rewrite": self.method.rewrite.name}),
+            **dict(() if self.method.rewrite is None else self.method.rewrite.settings),
             "true_sequential": self.true_sequential,
             **({} if self.min_expert_tokens is None else {"min_expert_tokens": self.min_expert_tokens}),
         }
@@ -231,6 +238,9 @@ def _job(
     if isinstance(source, BlockModel) and is_quantized(source):
         raise ValueError(QUANTIZED)
     pairs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
+    if method is not None and method.rewrite is not None:
+        block_specs(source.calibration([], []), rules)  # what is wrong with rules is said before the work
+        source = method.rewrite.apply(source, pairs, rules)
     calibration = source.calibration([batch.tokens for batch in pairs], [batch.mask for batch in pairs])
     return _Job(
         calibration=calibration,
