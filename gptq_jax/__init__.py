@@ -19,16 +19,17 @@ from gptq_jax.models.adapted import AdaptedModel, adapt
 from gptq_jax.models.base import Model
 from gptq_jax.models.lora import lora, merge_lora, with_lora
 from gptq_jax.models.prepared import prepare
-from gptq_jax.storage import CheckpointError, load, save
+from gptq_jax.storage import CheckpointError, CheckpointSource, StoreSink, load, open_checkpoint, save
 from gptq_jax.storage.export import export
 from gptq_jax.storage.peft import load_lora, save_lora
 from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
 from gptq_jax.calibration import calibration_batches
-from gptq_jax.evaluate import compare, perplexity
+from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
+from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.generate import generate
-from gptq_jax.pipeline import quantize
+from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
 from gptq_jax.report import Report
 
@@ -37,20 +38,25 @@ __version__ = _version("gptq-jax")
 __all__ = [
     "AdaptedModel",
     "CheckpointError",
+    "CheckpointSource",
+    "ComparisonTable",
     "LayerBatch",
     "Method",
     "Model",
     "QuantSpec",
     "QuantizedTensor",
+    "Reference",
     "Report",
     "Rewrite",
     "ShardingRules",
     "Solution",
     "SpecRules",
+    "StoreSink",
     "adapt",
     "awq",
     "calibration_batches",
     "compare",
+    "compare_methods",
     "coordinate_descent",
     "export",
     "generate",
@@ -63,15 +69,18 @@ __all__ = [
     "load_lora",
     "lora",
     "merge_lora",
+    "open_checkpoint",
     "perplexity",
     "plan",
     "prepare",
     "qep",
     "quantize",
+    "quantize_blocks",
     "register_layer",
     "rtn",
     "save",
     "save_lora",
     "smooth",
     "with_lora",
+    "write_report",
 ]

@@ -1,7 +1,6 @@
 """The command line: thin commands over the Python functions of the same names."""
 
 import functools
-import importlib
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_jax.bench import cli as bench
+from gptq_jax.comparison.cli import compare
 from gptq_jax.options import (
     ArchConfigOption,
     Dtype,
@@ -58,8 +58,8 @@ def command(function: Callable[..., None], app: typer.Typer = app) -> Callable[.
             text = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"error: {text}", err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted: nothing half-written is left.", err=True)
+        except KeyboardInterrupt as stop:
+            typer.echo(f"interrupted: {str(stop) or 'nothing half-written is left'}.", err=True)
             raise typer.Exit(130) from None
 
     return app.command(name=function.__name__.rstrip("_"))(run)
@@ -107,20 +107,36 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", help="Share the work among N of this machine's devices. [all]")
+    ] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the calibration between blocks in a file there. [in memory]"),
+    ] = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the blocks that an interrupted run left, and begin anew.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Quantize MODEL and write it to a directory."""
+    """Quantize MODEL block by block and write it to a directory.
+
+    Interrupted or killed, the same command goes on after the last whole block.
+    """
     from dataclasses import replace
 
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
-    from gptq_jax.pipeline import layer_specs
-    from gptq_jax.pipeline import quantize as quantize_model
+    from gptq_jax.methods.by_name import make_method
+    from gptq_jax.models.base import Model
+    from gptq_jax.pipeline import layer_specs, quantize_blocks
+    from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
-    from gptq_jax.storage.load import load
-    from gptq_jax.storage.store import check_target, planned_bytes, save
+    from gptq_jax.storage.directory import check_target
+    from gptq_jax.storage.sink import StoreSink
+    from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, escape, layer_progress, note, summarize
 
     rules = SpecRules(
@@ -138,24 +154,11 @@ def quantize(
     check_target(out, overwrite=overwrite)
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
-    with console.status(f"loading {escape(model)}"):
-        loaded = load(model, dtype=str(dtype), arch_config=arch_config)
-    specs = layer_specs(loaded, rules)
-    check_target(out, overwrite=overwrite, nbytes=planned_bytes(loaded, specs))
-    length = _window(length, loaded.config.context_length)
-    windows = sample_windows(token_stream(text, loaded.tokenizer), samples=samples, length=length, seed=seed)
-    with layer_progress() as on_layer:
-        quantized, report = quantize_model(
-            loaded,
-            batches(windows, batch_size),
-            rules,
-            chosen,
-            true_sequential=true_sequential,
-            min_expert_tokens=min_expert_tokens,
-            on_layer=on_layer,
-        )
+    source = _open_float(model, dtype, arch_config)
+    specs = layer_specs(source, rules)
+    length = _window(length, source.config.context_length)
+    windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
     settings = {
-        **report.settings,
         "method": method,
         "model": model,
         "calibration": calibration,
@@ -163,9 +166,37 @@ def quantize(
         "length": length,
         "seed": seed,
     }
-    report = replace(report, settings=settings)
-    with console.status(f"writing {escape(str(out))}"):
-        save(replace(quantized, report=report.to_json()), out, overwrite=overwrite)
+
+    def opened(there: int, blocks: int) -> None:
+        if there:
+            note(f"going on with what an interrupted run left: {there} of {blocks} blocks are done")
+
+    sink = StoreSink(
+        out,
+        source,
+        overwrite=overwrite,
+        restart=restart,
+        nbytes=planned_bytes(Model(source.config, float_shapes(source.config, str(dtype))), specs),
+        settings=settings,
+        on_open=opened,
+    )
+    with sink, layer_progress() as on_layer:
+        try:
+            _, report = quantize_blocks(
+                source,
+                sink,
+                batches(windows, batch_size),
+                rules,
+                chosen,
+                true_sequential=true_sequential,
+                min_expert_tokens=min_expert_tokens,
+                devices=devices,
+                activations=activations,
+                on_layer=on_layer,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(sink.kept()) from None
+    report = replace(report, settings={**report.settings, **settings})
     summarize(report)
     note(f"wrote {out}")
     if as_json:
@@ -333,34 +364,23 @@ def demo(
 
 
 command(planning.plan)
+command(compare)
 for function in (bench.kernels, bench.decode):
     command(function, bench_app)
 
 
-def make_method(name: str, options: dict[str, Any]) -> Any:
-    """The method called `name` in METHODS, or that `module:factory` returns, called with `options`.
+def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
+    """A checkpoint that is read block by block, or what `save` wrote in memory."""
+    from gptq_jax.storage.checkpoint_source import open_checkpoint
+    from gptq_jax.storage.load import load
+    from gptq_jax.storage.store import is_store
+    from gptq_jax.terminal import console, count_progress, escape
 
-    Raises:
-        ValueError: there is no such method, or the factory returns none.
-        ImportError: the module cannot be imported.
-    """
-    from gptq_jax.methods import METHODS, Method
-
-    module_name, separator, factory_name = name.partition(":")
-    if not separator:
-        if name not in METHODS:
-            raise ValueError(f"--method {name!r} is none of {', '.join(METHODS)}, nor module:factory.")
-        return METHODS[name](**options)
-    if os.getcwd() not in sys.path:  # a console script's path begins with its own folder
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (AttributeError, ValueError):
-        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.") from None
-    method = factory(**options) if callable(factory) else factory
-    if not isinstance(method, Method):
-        raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
-    return method
+    if is_store(Path(model)) and arch_config is None:
+        with console.status(f"loading {escape(model)}"):
+            return load(model)
+    with count_progress(f"checking {model}") as on_tensor:
+        return open_checkpoint(model, dtype=str(dtype), arch_config=arch_config, on_tensor=on_tensor)
 
 
 def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:

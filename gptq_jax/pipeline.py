@@ -17,7 +17,6 @@ from gptq_jax.hooks.nnx import Params
 from gptq_jax.matmul import is_packed
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.gptq import gptq
-from gptq_jax.models.base import Model
 from gptq_jax.models.identity import digest_arrays
 from gptq_jax.models.quantizable import Block, BlockModel, BlockSource, Calibration
 from gptq_jax.parallel import DataParallel, choose_devices, make_mesh
@@ -314,7 +313,7 @@ def _devices(devices: int | Sequence[jax.Device] | None, calibration: Calibratio
     return DataParallel(make_mesh(chosen) if len(chosen) > 1 else None)
 
 
-def layer_specs(model: Model, rules: SpecRules) -> dict[str, QuantSpec | None]:
+def layer_specs(model: BlockModel, rules: SpecRules) -> dict[str, QuantSpec | None]:
     """The grid of each linear layer of every block by path, None where it is skipped.
 
     Raises:

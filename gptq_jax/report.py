@@ -69,7 +69,7 @@ class LayerReport:
     damping: float | None
     fell_back: bool
     tokens: int
-    seconds: float
+    seconds: float = 0.0
     nbytes: int
     experts: ExpertsReport | None = None
 
@@ -119,7 +119,7 @@ class Report:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Report":
         """The inverse of `to_json`."""
-        return cls(**{**data, "layers": tuple(map(_layer, data["layers"]))})
+        return cls(**{**data, "layers": tuple(map(layer_report, data["layers"]))})
 
     def write(self, path: str) -> None:
         """Write as JSON."""
@@ -148,7 +148,15 @@ class Report:
         return table
 
 
-def _layer(data: Mapping[str, Any]) -> LayerReport:
+def without_times(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report as `to_json` has it, less what differs from run to run: seconds and memory."""
+    kept = {key: value for key, value in report.items() if key not in ("seconds", "peak_bytes")}
+    layers = [{key: value for key, value in layer.items() if key != "seconds"} for layer in report.get("layers", [])]
+    return {**kept, "layers": layers}
+
+
+def layer_report(data: Mapping[str, Any]) -> LayerReport:
+    """The inverse of `asdict`, of one layer."""
     experts = data.get("experts")
     if experts is not None:
         lists = {name: tuple(value) for name, value in experts.items() if isinstance(value, list)}

@@ -10,7 +10,17 @@ from rich.table import Table
 
 from gptq_jax.report import LayerReport, Report, expert_lines, spec_label
 
-__all__ = ["console", "escape", "layer_progress", "note", "seconds_table", "size", "steps_progress", "summarize"]
+__all__ = [
+    "console",
+    "count_progress",
+    "escape",
+    "layer_progress",
+    "note",
+    "seconds_table",
+    "size",
+    "steps_progress",
+    "summarize",
+]
 
 console = Console(stderr=True)
 
@@ -45,6 +55,15 @@ def layer_progress() -> Iterator[Callable[[LayerReport, int, int], None]]:
                 console.print(f"[red]{layer.path} could not be solved and was rounded to nearest.")
 
         yield update
+
+
+@contextmanager
+def count_progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar; yields what takes how many are done, and how many there are."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(escape(title), total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 @contextmanager

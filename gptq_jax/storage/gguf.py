@@ -33,8 +33,7 @@ class GgufFile:
         self.path = self.config_file = Path(path)
         if self.path.stat().st_size == 0:
             raise CheckpointError(self.path, "is empty.")
-        self._data = np.memmap(self.path, mode="r")
-        header = read_header(self.path, self._data)
+        header = read_header(self.path, np.memmap(self.path, mode="r"))
         for name, info in header.tensors.items():
             _check_type(self.path, name, info)
         self._metadata = header.metadata
@@ -77,9 +76,12 @@ class GgufFile:
         return gguf_tokenizer(self.path, self._metadata, context_length=self.config["max_position_embeddings"])
 
     def _read(self, info: TensorInfo) -> Shaped[np.ndarray, "..."]:
-        raw = self._data[info.start : info.start + info.nbytes]
+        # Read, not mapped: the pages of a map that stays open count as this process's own.
+        raw = np.fromfile(self.path, np.uint8, info.nbytes, offset=info.start)
+        if raw.size != info.nbytes:
+            raise CheckpointError(self.path, "is cut off: the file was changed while it was read.")
         if info.type.name in FLOAT_TYPES:
-            return np.asarray(raw.view(FLOAT_TYPES[info.type.name]).reshape(info.shape))
+            return raw.view(FLOAT_TYPES[info.type.name]).reshape(info.shape)
         from gguf.quants import dequantize
 
         # Damaged scales become NaN or infinity, which the reader of the parameters reports.

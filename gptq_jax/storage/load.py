@@ -20,6 +20,7 @@ from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
 from gptq_jax.storage.packed.read import read_packed_params
 from gptq_jax.storage.parameters import (
     MISFIT,
+    Leaf,
     float_problems,
     leaves_of,
     left_over_problems,
@@ -70,7 +71,7 @@ def load(
         CheckpointError: it is damaged or does not fit its config.
         ValueError: its architecture or `dtype` is not supported.
     """
-    dtype, placement = _dtype_name(dtype), as_placement(sharding)
+    dtype, placement = dtype_name(dtype), as_placement(sharding)
     if is_store(Path(path_or_id)) and arch_config is None:
         return load_store(path_or_id, placement, module)
     if module is not None:
@@ -135,6 +136,8 @@ def _open_bare(path: Path, config_file: Path) -> TensorSource:
         config_file = config_file / "config.json"
     if is_flax(path):
         return open_flax(path, config_file)
+    if is_store(path.parent):
+        raise CheckpointError(path, f"is part of a directory that gptq_jax.save wrote: load {path.parent}.")
     if not is_store(path) and is_orbax(path):
         return OrbaxTree(path, config_file)
     raise CheckpointError(
@@ -170,9 +173,19 @@ def read_params(
     Raises:
         CheckpointError: tensors are missing, of the wrong shape, left over, or not finite.
     """
-    dtype = _dtype_name(dtype)
+    dtype = dtype_name(dtype)
     if (packed := packed_format(source)) is not None:
         return read_packed_params(packed, architecture, dtype, placement)
+    leaves, structure = checked_leaves(source, architecture)
+    return jax.tree_util.tree_unflatten(structure, read_arrays(source, leaves, dtype, placement))
+
+
+def checked_leaves(source: TensorSource, architecture: Architecture) -> tuple[list[Leaf], Any]:
+    """The parameters of a float model in the order of its tree, and the structure that they fill.
+
+    Raises:
+        CheckpointError: tensors are missing, of the wrong shape, or left over.
+    """
     leaves, structure = leaves_of(source, architecture)
     if isinstance(source, OrbaxTree):
         leaves = source.named(leaves)
@@ -181,14 +194,18 @@ def read_params(
     beside = source.config_file in (source.path, source.path / "config.json")
     misfit = MISFIT if beside else f"does not fit {source.config_file} (is it of this model?): "
     raise_problems(source.path, problems, misfit)
+    return leaves, structure
+
+
+def read_arrays(source: TensorSource, leaves: list[Leaf], dtype: str, placement: Placement) -> list[Any]:
+    """Some of `checked_leaves`; CheckpointError if one is not finite."""
     if isinstance(source, OrbaxTree):
-        arrays = source.parameters(leaves, dtype, placement)
-    else:
-        arrays = [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
-    return jax.tree_util.tree_unflatten(structure, arrays)
+        return source.parameters(leaves, dtype, placement)
+    return [put(read_float(source, leaf, dtype), leaf.path, placement) for leaf in leaves]
 
 
-def _dtype_name(dtype: DTypeLike) -> str:
+def dtype_name(dtype: DTypeLike) -> str:
+    """The name of a dtype that parameters can have, or ValueError."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:

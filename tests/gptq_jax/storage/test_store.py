@@ -17,6 +17,7 @@ from gptq_jax.methods import gptq_solve
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage import CheckpointError, directory, load, save, store
+from gptq_jax.storage import manifest as manifest_of
 from gptq_jax.tensor import QuantizedTensor
 
 
@@ -113,9 +114,9 @@ def test_arrays_are_plain_orbax(stored):
     import orbax.checkpoint as ocp
 
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.restore(stored / "arrays")
+        tree = checkpointer.restore(stored / "arrays" / "layers.0")
     kernel = load(stored).params["layers"][0]["mlp"]["up_proj"]["kernel"]
-    found = tree["layers"][0]["mlp"]["up_proj"]["kernel"]
+    found = tree["mlp"]["up_proj"]["kernel"]
     assert set(found) == {"codes", "scales", "zeros"}
     for name, array in found.items():
         np.testing.assert_array_equal(array, getattr(kernel, name))
@@ -216,16 +217,16 @@ def resign(path, manifest):
     """Write a manifest with the checksums it should have."""
     for name, entry in manifest["files"].items() if isinstance(manifest.get("files"), dict) else ():
         if isinstance(entry, dict) and (path / name).is_file():
-            entry |= {"bytes": (path / name).stat().st_size, "sha256": store._digest(path / name)}
+            entry |= {"bytes": (path / name).stat().st_size, "sha256": manifest_of.digest(path / name)}
     manifest.pop("sha256", None)
-    manifest["sha256"] = store.manifest_digest(manifest)
+    manifest["sha256"] = manifest_of.manifest_digest(manifest)
     (path / "gptq_jax.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 2, "is of version 2, but this gptq-jax reads version 1"),
+        ("version", 3, "is of version 3, but this gptq-jax reads versions 1 to 2"),
         ("version", None, "is of version None"),
         ("format", "other", "is not a manifest"),
         ("files", [], "has no table 'files'"),
@@ -251,7 +252,7 @@ def test_what_is_no_manifest_at_all(copy, text):
 def test_paths_out_of_the_directory_are_refused(copy, name):
     (copy.parent / "outside.json").write_text("{}")
     manifest = json.loads((copy / "gptq_jax.json").read_text())
-    manifest["files"][name] = {"bytes": 2, "sha256": store._digest(copy.parent / "outside.json")}
+    manifest["files"][name] = {"bytes": 2, "sha256": manifest_of.digest(copy.parent / "outside.json")}
     resign(copy, manifest)
     with pytest.raises(CheckpointError, match="lies outside the directory"):
         load(copy)
@@ -322,7 +323,7 @@ def test_other_bits_than_were_stored_are_refused(copy):
     manifest = json.loads((copy / "gptq_jax.json").read_text())
     manifest["quantized"]["layers.0.mlp.up_proj"]["bits"] = 8
     resign(copy, manifest)
-    with pytest.raises(CheckpointError, match=r"arrays: cannot be restored"):
+    with pytest.raises(CheckpointError, match=r"layers\.0: cannot be restored"):
         load(copy)
 
 
@@ -360,24 +361,28 @@ def test_the_parent_must_exist(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("at", ["write_json", "_digest", "sync", "os.rename"])
+@pytest.mark.parametrize("at", ["write_json", "digest", "sync", "_exchange", "os.rename"])
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_save_cut_short_leaves_everything_as_it_was(copy, monkeypatch, at, error, existing):
-    target = copy if existing else copy.parent / "new"
+    target = copy if existing or at == "_exchange" else copy.parent / "new"
     before = contents(copy)
     calls = 0
-    module, name = {"os.rename": (os, "rename"), "sync": (directory, "sync")}.get(at, (store, at))
+    modules = {"digest": manifest_of, "sync": directory, "_exchange": directory, "os.rename": os}
+    module, name = modules.get(at, store), at.removeprefix("os.")
     real = getattr(module, name)
 
     def fails(*args):
         nonlocal calls
         calls += 1
-        # The rename that counts is the one that gives the new directory its name; Orbax has others.
-        if str(args[0]).endswith(".partial") if at == "os.rename" else calls == 2:
+        # The rename that counts is the one that gives the new directory its name.
+        is_last = str(args[0]).endswith(".partial") and args[-1] == target
+        if is_last if at in ("os.rename", "_exchange") else calls == 2:
             raise error
         return real(*args)
 
     monkeypatch.setattr(module, name, fails)
+    if at == "os.rename":
+        monkeypatch.setattr(directory, "_exchange", lambda *_: False)
     with pytest.raises(type(error)):
         save(rounded(), target, overwrite=True)
     monkeypatch.undo()
@@ -388,7 +393,7 @@ def test_a_save_cut_short_leaves_everything_as_it_was(copy, monkeypatch, at, err
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 70 * 2**20))
-    monkeypatch.setattr(store, "_unpacked", lambda _: pytest.fail("work was done"))
+    monkeypatch.setattr(store, "write_part", lambda *_: pytest.fail("work was done"))
     store.check_target(tmp_path / "out", overwrite=False, nbytes=5 * 2**20)
     with pytest.raises(OSError, match="has 70 MiB free, but 84 are needed"):
         store.check_target(tmp_path / "out", overwrite=False, nbytes=20 * 2**20)
