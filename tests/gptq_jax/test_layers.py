@@ -13,6 +13,7 @@ LEVELS = {
     3: ("gptq_jax.hooks",),
     4: ("gptq_jax.methods", "gptq_jax.models", "gptq_jax.rewrites"),
     5: (
+        "gptq_jax.by_name",
         "gptq_jax.report",
         "gptq_jax.storage",
         "gptq_jax.calibration",
