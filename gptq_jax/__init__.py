@@ -10,6 +10,9 @@ from gptq_jax.tensor import QuantizedTensor
 # methods
 from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
 
+from gptq_jax.methods.base import Rewrite
+from gptq_jax.rewrites import awq, hadamard, smooth
+
 # models and checkpoints
 from gptq_jax.hooks.registry import register_layer
 from gptq_jax.models.adapted import AdaptedModel, adapt
@@ -44,11 +47,13 @@ __all__ = [
     "QuantizedTensor",
     "Reference",
     "Report",
+    "Rewrite",
     "ShardingRules",
     "Solution",
     "SpecRules",
     "StoreSink",
     "adapt",
+    "awq",
     "calibration_batches",
     "compare",
     "compare_methods",
@@ -58,6 +63,7 @@ __all__ = [
     "gptaq",
     "gptq",
     "gptq_solve",
+    "hadamard",
     "hqq",
     "load",
     "load_lora",
@@ -74,6 +80,7 @@ __all__ = [
     "rtn",
     "save",
     "save_lora",
+    "smooth",
     "with_lora",
     "write_report",
 ]

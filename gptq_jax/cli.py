@@ -79,8 +79,14 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
     method: Annotated[
-        str, typer.Option(help="gptq; rtn: round to nearest; or module:factory, a function of yours.")
+        str,
+        typer.Option(
+            help="gptq; qep or gptaq: also make up for earlier layers; rtn: round to nearest; hqq: fit zero points; or "
+            "module:factory, a function of yours. Before it, joined by +: hadamard, awq or smooth, which rewrite the "
+            "model, qep, and descent, which improves codes: hadamard+qep+gptq."
+        ),
     ] = "gptq",
+    alpha: Annotated[float | None, typer.Option(help="How much qep or gptaq make up for. [0.5; gptaq: 0.25]")] = None,
     order: Annotated[Order, typer.Option(help="Which inputs are rounded first.")] = Order.activation,
     static_groups: Annotated[
         bool, typer.Option(help="Fit grids before solving, so that any order leaves rows in place.")
@@ -136,14 +142,16 @@ def quantize(
     """
     from dataclasses import replace
 
+    from gptq_jax.by_name import AROUND, make_method
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
-    from gptq_jax.methods.by_name import make_method
+    from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
     from gptq_jax.parallel.hosts import is_first
-    from gptq_jax.pipeline import layer_specs, quantize_blocks
+    from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
     from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
     from gptq_jax.storage.directory import check_target
+    from gptq_jax.storage.load import load
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, escape, layer_progress, note, summarize
@@ -155,12 +163,13 @@ def quantize(
         overrides=tuple(parse_override(text) for text in override or ()),
     )
     options: dict[str, Any] = {}
-    if method == "gptq":
+    last = method.rpartition("+")[2]
+    if last in ("gptq", "gptaq", *AROUND):
         options = {"order": str(order), "static_groups": static_groups, "damping": damp}
         options["grid"] = str(grid or GridName.ldl)
-    elif method == "rtn":
+    elif last in METHODS:
         options["grid"] = str(grid or GridName.minmax)
-    chosen = make_method(method, options)
+    chosen = make_method(method, options, alpha=alpha)
     check_target(out, overwrite=overwrite)
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
@@ -168,6 +177,11 @@ def quantize(
     specs = layer_specs(source, rules)
     length = _window(length, source.config.context_length)
     windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+    fit = batches(windows, batch_size)
+    if chosen.rewrite is not None:
+        with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
+            whole = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
+            source, chosen = rewritten(whole, fit, rules, chosen)
     settings = {
         "method": method,
         "model": model,
@@ -195,7 +209,7 @@ def quantize(
             _, report = quantize_blocks(
                 source,
                 sink,
-                batches(windows, batch_size),
+                fit,
                 rules,
                 chosen,
                 true_sequential=true_sequential,

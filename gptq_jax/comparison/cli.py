@@ -51,10 +51,10 @@ def compare(
 
     The same command goes on where it was stopped. A run that fails does not stop the others; the exit status is 1 then.
     """
+    from gptq_jax.by_name import make_method
     from gptq_jax.calibration import read_text
     from gptq_jax.comparison import compare_methods, write_report
     from gptq_jax.comparison.plots import check_matplotlib
-    from gptq_jax.methods.by_name import make_method
     from gptq_jax.spec import QuantSpec
     from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape, note
