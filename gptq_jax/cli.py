@@ -269,7 +269,7 @@ def eval_(
 
         check_harness()
         with console.status(f"loading {escape(model)}"):
-            asked = _runnable(model, dtype, arch_config)
+            asked = _runnable(model, dtype, arch_config, _mesh(tensor_parallel))
         metrics = run_tasks(
             asked,
             tasks.split(","),
