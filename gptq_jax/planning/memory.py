@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from gptq_jax.hooks.nnx import Params
 from gptq_jax.models.base import Architecture, input_groups
 from gptq_jax.planning.compiled import cache_shapes, cached_bytes, forward_bytes, input_shapes, stream_shape
 from gptq_jax.storage.store import tree_bytes
-from gptq_jax.stream import STREAMED_BYTES
+from gptq_jax.stream import KEPT_BYTES, STREAMED_BYTES
 from gptq_jax.tensor import QuantizedTensor
 
 
@@ -40,29 +41,25 @@ class RunMemory:
 class QuantizeMemory:
     """Bytes of arrays to quantize with GPTQ, at the stage that needs most.
 
-    A process takes more: on a processor the interpreter, JAX and its compiler, what the allocator keeps, and the
-    temporaries of several batches where they run side by side.
+    A process takes more: on a processor the interpreter, JAX and its compiler, and what the allocator keeps.
 
     Attributes:
         stage: its name, like "solve mlp.down_proj".
-        model: the float parameters, and the packed blocks.
-        activations: the residual stream of all calibration tokens (twice while a block runs), and the inputs of
-            the block's layers that are kept.
-        block: what a block adds: its kernels as they will run, Hessians, one batch, temporaries.
-        one_block: the most that a block needs by itself, its float and packed parameters included: what a device
-            must hold, wherever the rest is.
+        activations: the residual stream of all calibration tokens, and the inputs of the block's layers that are kept.
+        block: float and packed parameters of one block, Hessians, one batch, temporaries: what a device must hold,
+            wherever the rest is.
+        in_memory: all at once, where `quantize` is given a whole model and returns another.
     """
 
     stage: str
-    model: int
     activations: int
     block: int
-    one_block: int
+    in_memory: int
 
     @property
     def total(self) -> int:
-        """In memory at once, as `quantize` goes about it."""
-        return self.model + self.activations + self.block
+        """At once, as `quantize_blocks` and the command line go about it: block by block."""
+        return self.activations + self.block
 
 
 def run_memory(architecture: Architecture, params: Params, *, sequences: int, length: int, dtype: str) -> RunMemory:
@@ -95,14 +92,15 @@ def quantize_memory(
         for kind in kinds(architecture)
         for stage in _stages(architecture, kind, floats, packed, samples * length, (batch_size, length), dtype)
     ]
-    model = tree_bytes(floats) + tree_bytes(packed["layers"]) - _shared(floats, packed)
-    most = max(stages, key=lambda stage: stage.activations + stage.block)
+    whole = tree_bytes(floats) + tree_bytes(packed["layers"]) - _shared(floats, packed)
+    most = max(stages, key=lambda stage: stage.activations(STREAMED_BYTES) + stage.block)
     return QuantizeMemory(
         stage=most.name,
-        model=model,
-        activations=most.activations,
+        activations=most.activations(STREAMED_BYTES),
         block=most.block,
-        one_block=max(stage.parameters + stage.block for stage in stages),
+        # A model keeps the float kernels that are replaced one by one.
+        in_memory=whole
+        + max(stage.activations(KEPT_BYTES) + stage.block - stage.parameters + stage.replaced for stage in stages),
     )
 
 
@@ -132,10 +130,32 @@ def measure_bytes(d_in: int, d_out: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
+    """What is in memory at one stage.
+
+    Attributes:
+        name: of the stage.
+        stream: bytes of the states between blocks.
+        inputs: of layers, if all were kept.
+        parameters: of the block, float and packed.
+        replaced: of them, float kernels in whose place dequantized ones are.
+        beside: all else.
+    """
+
     name: str
-    activations: int
-    block: int
+    stream: int
+    inputs: int
     parameters: int
+    replaced: int
+    beside: int
+
+    @property
+    def block(self) -> int:
+        """All but the activations."""
+        return self.parameters + self.beside
+
+    def activations(self, budget: int) -> int:
+        """With so many bytes of inputs kept."""
+        return self.stream + min(budget, self.inputs)
 
 
 def _stages(
@@ -162,33 +182,31 @@ def _stages(
         for group in input_groups(architecture, kind)
     ]
     stream = tokens * width
-    inputs = working = before = 0
+    inputs = replaced = before = 0
     for group in filter(None, groups):
         shapes = [kernel_of(block, path).shape for path in group]
         experts, d_in = math.prod(shapes[0][:-2]), shapes[0][-2]
         d_out = sum(shape[-1] for shape in shapes)
         hessian = 4 * d_in * d_in * (experts + (len(shapes[0]) > 2))  # experts share one besides
         captured = tree_bytes(fed[group[0]])
-        inputs = min(STREAMED_BYTES, inputs + captured * tokens // of_batch)
-        held = working + before + hessian
+        inputs += captured * tokens // of_batch
         name = ", ".join(group)
-        yield _Stage(
-            name=f"observe {name}",
-            activations=stream + inputs,
-            block=held + captured + max(forward, 4 * d_in * d_in),
-            parameters=parameters,
-        )
+        stage = partial(_Stage, stream=stream, inputs=inputs, parameters=parameters, replaced=replaced)
+        yield stage(name=f"observe {name}", beside=before + hessian + captured + max(forward, 4 * d_in * d_in))
         weight = 4 * experts * d_in * d_out
-        yield _Stage(
+        yield stage(
             name=f"solve {name}",
-            activations=stream + inputs,
-            block=held - before + weight + max(solve_bytes(d_in, d_out), measure_bytes(d_in, d_out)),
-            parameters=parameters,
+            beside=hessian + weight + max(solve_bytes(d_in, d_out), measure_bytes(d_in, d_out)),
         )
-        working += experts * d_in * d_out * itemsize
+        replaced += experts * d_in * d_out * itemsize
         before = hessian
     yield _Stage(
-        name="run the block", activations=2 * stream + inputs, block=working + before + forward, parameters=parameters
+        name="run the block",
+        stream=stream,
+        inputs=inputs,
+        parameters=parameters,
+        replaced=replaced,
+        beside=before + forward + 2 * tree_bytes(x),
     )
 
 

@@ -197,7 +197,7 @@ class _Task:
             bits_per_weight=bits_per_weight(params),
             **self._running(params),
             quantize=memory,
-            quantizes=None if self.device_memory is None else memory.one_block <= self.device_memory,
+            quantizes=None if self.device_memory is None else memory.block <= self.device_memory,
             quantize_seconds=seconds,
         )
 

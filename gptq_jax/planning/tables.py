@@ -35,13 +35,13 @@ def plan_lines(plan: Plan) -> list[str]:
         "size: of the arrays stored, before Orbax compresses them: codes by little, floats that had 16 bits by half",
         f"to run: {plan.sequences} x {plan.length} tokens; the cache takes {gigabytes(run.cache)}, activations "
         f"{gigabytes(run.activations)} as compiled for {plan.platform}",
-        f"to quantize: all in memory, {plan.samples} windows of {plan.length} tokens, {plan.batch_size} at a time",
+        f"to quantize: block by block, {plan.samples} windows of {plan.length} tokens, {plan.batch_size} at a time",
     ]
     made = [row.quantize for row in plan.grids if row.quantize is not None]
     if made:
-        most = max(made, key=lambda memory: memory.one_block)
-        lines.append(f"  of that one block takes {gigabytes(most.one_block)}, which one device must hold")
-        if plan.device_memory is not None and most.one_block > plan.device_memory:
+        most = max(made, key=lambda memory: memory.block)
+        lines.append(f"  of that one block takes {gigabytes(most.block)}, which one device must hold")
+        if plan.device_memory is not None and most.block > plan.device_memory:
             lines[-1] += f": {gigabytes(plan.device_memory)} are too few"
     if plan.profile is None:
         lines.append("no times: this device was never measured; --measure does that, once")

@@ -53,7 +53,7 @@ def test_what_is_held_while_quantizing_is_planned(windows):
     # Layers are reported when they are solved, when the solver's temporaries are gone.
     assert planned.stage == "solve mlp.down_proj"
     temporary = solve_bytes(512, 128)
-    assert max(held) == pytest.approx(planned.total - tree_bytes(floats) - temporary, rel=0.05)
+    assert max(held) == pytest.approx(planned.in_memory - tree_bytes(floats) - temporary, rel=0.05)
 
 
 def test_a_prepared_model_takes_the_planned_memory():
@@ -77,6 +77,7 @@ def test_one_block_does_not_grow_with_depth_nor_samples():
         return quantize_memory(config, floats, packed, samples=samples, length=64, batch_size=2, dtype="float32")
 
     shallow, deep, long = one_block(1, 8), one_block(4, 8), one_block(1, 64)
-    assert shallow.one_block == deep.one_block == long.one_block
-    assert shallow.total < min(deep.total, long.total)
-    assert shallow.one_block <= shallow.total
+    assert shallow.block == deep.block == long.block
+    assert shallow.total == deep.total < long.total
+    assert shallow.in_memory < min(deep.in_memory, long.in_memory)
+    assert shallow.block <= shallow.total <= shallow.in_memory

@@ -85,7 +85,7 @@ def test_the_store_takes_no_more_than_planned(tmp_path):
     made, _ = quantize(model, BATCHES, spec, rtn())
     save(made, tmp_path / "store")
     planned = tree_bytes(quantized_shapes(model.config, SpecRules(default=spec), "float32"))
-    arrays = [file for file in (tmp_path / "store").rglob("*") if file.is_file() and "ocdbt.process_0" in str(file)]
+    arrays = [file for file in (tmp_path / "store").rglob("*") if file.is_file() and "c" in file.parts]  # zarr's chunks
     # Orbax compresses: by a tenth where codes are as uneven as those of random weights.
     assert 0.9 * planned < sum(file.stat().st_size for file in arrays) < 1.02 * planned
 
