@@ -29,7 +29,7 @@ def check_matplotlib() -> None:
 
 def perplexity_by_bits(table: ComparisonTable) -> Any:
     """Perplexity against bits per weight: a line for each method, error bars over seeds, the float model dashed."""
-    figure, axes = _figure(7.5, 5.0)
+    figure, axes = _figure(8.5, 5.0)
     for index, method in enumerate(table.methods):
         rows = [row for row in table.rows() if row.method == method and row.seeds]
         for symmetric in sorted({row.spec.symmetric for row in rows}):
@@ -43,19 +43,19 @@ def perplexity_by_bits(table: ComparisonTable) -> Any:
                 yerr=[row.values["perplexity"].deviation or 0.0 for row in part],
                 label=method + suffix,
                 capsize=3,
-                linestyle="-" if symmetric else "--",
+                linestyle="--" if suffix == " asym" else "-",
                 **_style(index),
             )
     _float_line(axes, table)
     _decades(axes)
     axes.set(xlabel="bits per weight of the quantized layers", ylabel="perplexity, held-out text")
-    axes.legend()
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
 def perplexity_by_time(table: ComparisonTable) -> Any:
     """Perplexity against seconds of quantizing, less compilation; each point says its grid."""
-    figure, axes = _figure(7.5, 5.0)
+    figure, axes = _figure(8.5, 5.0)
     for index, method in enumerate(table.methods):
         rows = [row for row in table.rows() if row.method == method and row.seeds]
         x = [_mean(row, "seconds") - _mean(row, "compile_seconds") for row in rows]
@@ -66,8 +66,9 @@ def perplexity_by_time(table: ComparisonTable) -> Any:
     _float_line(axes, table)
     _decades(axes)
     axes.margins(x=0.15)
+    axes.set_xlim(left=0)
     axes.set(xlabel="seconds to quantize, compilation left out", ylabel="perplexity, held-out text")
-    axes.legend()
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
 
 
@@ -90,7 +91,7 @@ def layer_errors(table: ComparisonTable, spec: QuantSpec) -> Any:
             if values := errors.get(method, {}).get(kind):
                 panel.plot(range(len(values)), values, label=method, **{**_style(index), "markersize": 3})
         panel.set_title(kind or "all layers", fontsize=9)
-        panel.set_yscale("log")
+        _decades(panel)
         panel.xaxis.get_major_locator().set_params(integer=True)
     for panel in panels[len(kinds) :]:
         panel.set_visible(False)
@@ -141,7 +142,7 @@ def _figure(width: float, height: float, lines: int = 1, columns: int = 1) -> tu
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=lines * columns > 1)
+    axes = figure.subplots(lines, columns, sharex=lines * columns > 1, sharey=lines * columns > 1)
     for each in np.ravel(axes):
         each.grid(visible=True, color="0.9")
         each.spines[["top", "right"]].set_visible(False)
@@ -162,7 +163,7 @@ def _decades(axes: Any) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 6, 8)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
