@@ -147,7 +147,9 @@ def _solve(
         same_spec[spec].append(path)
     for spec, paths in same_spec.items():
         kernels = [kernel_of(params, path) for path in paths]
-        weight = jnp.concatenate([kernel.astype(jnp.float32) for kernel in kernels], axis=-1)
+        floats = [kernel.astype(jnp.float32) for kernel in kernels]
+        weight = floats[0] if len(floats) == 1 else jnp.concatenate(floats, axis=-1)
+        del floats
         start = time.perf_counter()
         with task.clock("solve") as ready:
             solution = ready(_solution(task, weight, observed.stats, spec))

@@ -3,13 +3,16 @@
 The loss of replacing W by Q is tr((W-Q)^T H (W-Q)) with H = X^T X; any positive factor of H changes nothing.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Integer
 
 _MAX_DAMPING = 1.0
+
+Result = TypeVar("Result")
 
 
 class Factor(NamedTuple):
@@ -39,40 +42,62 @@ def accumulate_drift(
 
 
 def factorize(hessian: Float[Array, "d_in d_in"], damping: float, mean_diagonal: Float[Array, ""]) -> Factor:
-    """The upper triangular factor of the damped Hessian.
+    """The upper triangular factor of the damped Hessian; arguments as for `with_factor`."""
+    upper, used, succeeded = with_factor(hessian, damping, mean_diagonal, lambda upper: upper)
+    return Factor(upper, used, succeeded)
+
+
+def with_factor(
+    hessian: Float[Array, "d_in d_in"],
+    damping: float,
+    mean_diagonal: Float[Array, ""],
+    use: Callable[[Float[Array, "d_in d_in"]], Result],
+    order: Integer[Array, "d_in"] | None = None,
+) -> tuple[Result, Float[Array, ""], Bool[Array, ""]]:
+    """What `use` makes of the upper triangular factor of the damped Hessian.
 
     No inverse is needed: GPTQ's U of H^-1 = U^T U is R^-1 (Babai's nearest plane, arXiv 2507.18553).
 
     Args:
-        hessian: in the order in which inputs will be quantized. A zero diagonal entry (an input that never
-            fired) becomes 1.
+        hessian: a zero diagonal entry (an input that never fired) becomes 1.
         damping: added to the diagonal as a fraction of its mean; ten times more at each failure, up to 1.
         mean_diagonal: of the inputs that exist (the Hessian may be padded).
+        order: in which inputs will be quantized; None: as they are.
+        use: given the factor; the identity in its place if every damping failed.
+
+    Returns:
+        Its result, the damping used, and whether that could be factored.
     """
-    diagonal = jnp.diagonal(hessian)
+    on_diagonal = jnp.arange(hessian.shape[0])
 
-    def attempt(damping: Array) -> Factor:
-        added = jnp.where(diagonal == 0, 1.0, damping * mean_diagonal)
-        on_diagonal = jnp.eye(diagonal.shape[0], dtype=bool)
-        damped = jnp.where(on_diagonal, (diagonal + added)[None], hessian)
-        lower = jnp.linalg.cholesky(damped[::-1, ::-1], symmetrize_input=False)
-        # A factorization that fails leaves NaN on the diagonal too, where looking is cheap.
-        return Factor(lower, damping, jnp.all(jnp.isfinite(jnp.diagonal(lower))))
-
-    def raised(last: Factor) -> Factor:
+    def attempt(state: tuple[Result, Array, Array]) -> tuple[Result, Array, Array]:
+        _, last, _ = state
         # Damping 0 can be asked for; it must be able to grow too.
-        return attempt(jnp.clip(last.damping * 10, 1e-6, _MAX_DAMPING))
+        used = jnp.where(last < 0, jnp.float32(damping), jnp.clip(last * 10, 1e-6, _MAX_DAMPING))
+        ordered = hessian
+        if order is not None:
+            # Tied to this turn: moved out of the loop, the copy would take memory to its end.
+            place, used = jax.lax.optimization_barrier((order, used))
+            ordered = hessian[place[:, None], place[None]]
+        diagonal = jnp.diagonal(ordered)
+        added = diagonal + jnp.where(diagonal == 0, 1.0, used * mean_diagonal)
+        damped = jnp.where(on_diagonal[:, None] == on_diagonal[None], added[None], ordered)
+        # Transposed, which changes nothing but spares LAPACK, which goes by columns, a copy.
+        lower = jnp.linalg.cholesky(damped[::-1, ::-1].T, symmetrize_input=False)
+        # A factorization that fails leaves NaN on the diagonal too, where looking is cheap.
+        succeeded = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
+        upper = jnp.where(succeeded, lower[::-1, ::-1], 0)
+        pivots = jnp.where(succeeded, jnp.diagonal(upper), 1)
+        return use(upper.at[on_diagonal, on_diagonal].set(pivots, unique_indices=True)), used, succeeded
 
-    def failing(last: Factor) -> Array:
-        return ~last.succeeded & (last.damping < _MAX_DAMPING)
+    def failing(state: tuple[Result, Array, Array]) -> Array:
+        _, last, succeeded = state
+        return ~succeeded & (last < _MAX_DAMPING)
 
-    # Under a condition, because a loop that is always entered copies the matrix it carries.
-    first = attempt(jnp.float32(damping))
-    lower, used, succeeded = jax.lax.cond(
-        first.succeeded, lambda: first, lambda: jax.lax.while_loop(failing, raised, first)
-    )
-    identity = jnp.eye(hessian.shape[0], dtype=jnp.float32)
-    return Factor(jnp.where(succeeded, lower[::-1, ::-1], identity), used, succeeded)
+    # The loop carries what `use` makes of the factor, which is smaller, and not the matrix.
+    shapes = jax.eval_shape(use, jax.ShapeDtypeStruct(hessian.shape, jnp.float32))
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.while_loop(failing, attempt, (nothing, jnp.float32(-1), jnp.array(False)))
 
 
 def output_energy(error: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"]) -> Float[Array, "d_out"]:

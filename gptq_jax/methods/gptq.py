@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer, UInt8
 
 from gptq_jax import grids
-from gptq_jax.hessian import accumulate, factorize
+from gptq_jax.hessian import accumulate, with_factor
 from gptq_jax.methods.base import LayerBatch, Method, Solution, assemble
 from gptq_jax.methods.rtn import split_groups
 from gptq_jax.spec import QuantSpec
@@ -166,26 +166,27 @@ def solve_layer(
     order = input_order(jnp.diagonal(hessian), options.order, group_rows)
     back = jnp.argsort(order)
     rows = grouped.reshape(-1, d_out)
-    if options.order != "natural":
-        rows, hessian = rows[order], hessian[order[:, None], order[None]]
-    factor = factorize(hessian, options.damping, mean_diagonal)
-    pivots = jnp.square(jnp.diagonal(factor.upper))
+    moves = options.order != "natural"
+    if moves:
+        rows = rows[order]
 
-    # A column that is one group has the same grid either way: nothing comes before its first row.
-    if options.static_groups or groups == 1:
-        grid = jax.lax.map(
-            lambda group: grids.fit(options.grid, group[0], group[1], spec),
-            (grouped, pivots[back].reshape(groups, -1)),
-        )
-        codes = _sweep_static(rows, factor.upper, order // group_rows, grid, spec)
-        group_of_row = None
-    else:
+    def solve(upper: Float[Array, "rows rows"]) -> tuple[UInt8[Array, "rows d_out"], grids.Grid]:
+        # A column that is one group has the same grid either way: nothing comes before its first row.
+        if options.static_groups or groups == 1:
+            pivots = jnp.square(jnp.diagonal(upper))[back].reshape(groups, -1)
+            grid = jax.lax.map(lambda group: grids.fit(options.grid, group[0], group[1], spec), (grouped, pivots))
+            return _sweep_static(rows, upper, order // group_rows, grid, spec), grid
         turn = order[::group_rows] // group_rows if options.order == "group" else jnp.arange(groups)
-        codes, grid = _sweep_dynamic(rows, factor.upper, turn, options.grid, spec, group_rows)
-        group_of_row = (back // group_rows)[:d_in] if options.order == "activation" else None
-    codes = codes if options.order == "natural" else codes[back]
+        return _sweep_dynamic(rows, upper, turn, options.grid, spec, group_rows)
+
+    (codes, grid), damping, succeeded = with_factor(
+        hessian, options.damping, mean_diagonal, solve, order if moves else None
+    )
+    moved = options.order == "activation" and not options.static_groups and groups > 1
+    group_of_row = (back // group_rows)[:d_in] if moved else None
+    codes = codes[back] if moves else codes
     tensor = assemble(codes[:d_in], grid, spec, group_of_row)
-    return Solution(tensor, {"damping": factor.damping, "fell_back": ~factor.succeeded})
+    return Solution(tensor, {"damping": damping, "fell_back": ~succeeded})
 
 
 def input_order(diagonal: Float[Array, "d_in"], order: str, group_rows: int) -> Integer[Array, "d_in"]:
