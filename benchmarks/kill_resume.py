@@ -1,6 +1,7 @@
 """Kill a quantization with SIGKILL at random moments, start it again, and compare what comes of it with a run in peace.
 
-Every second run replaces an older store. After each kill the target must be as it was before or complete; after the
+A moment is a random time after one of the run's steps (its first trace, a block stored, the head, the manifest), so that
+they are spread over the run however fast the machine is at the time. Every second run replaces an older store. After each kill the target must be as it was before or complete; after the
 same command again it must hold the same files, byte for byte, with nothing left beside it. Exit code 1 if one differs.
 """
 
@@ -79,10 +80,18 @@ def start(folder: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
     )
 
 
+def steps(out: Path) -> list[Path]:
+    """What appears one after the other while the store `out` is written."""
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    arrays = unfinished / "store" / "arrays"
+    parts = [*(f"layers.{index}" for index in range(BLOCKS)), "embed", "head"]
+    return [unfinished, *(arrays / part for part in parts), unfinished / "store" / "gptq_jax.json"]
+
+
 def wait_for(path: Path, process: "subprocess.Popen[str]") -> float:
     """When there is something at `path`, or the process has ended."""
     while not path.exists() and process.poll() is None:
-        time.sleep(0.01)
+        time.sleep(0.001)
     return time.monotonic()
 
 
@@ -91,15 +100,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def trial(folder: Path, moment: float, expected: dict[str, bytes], old: Path | None) -> tuple[str, bool]:
-    """Kill a run `moment` seconds after its first trace, and go on: what was seen, and whether all was right."""
+def trial(folder: Path, step: int, delay: float, expected: dict[str, bytes], old: Path | None) -> tuple[str, bool]:
+    """Kill a run `delay` seconds after a step, and go on: what was seen, and whether all was right."""
     place = Path(tempfile.mkdtemp(dir=folder))
     out, more = place / "out", () if old is None else ("--overwrite",)
     if old is not None:
         shutil.copytree(old, out)
     process = start(folder, out, *more)
-    wait_for(place / ".out.unfinished", process)
-    time.sleep(moment)
+    wait_for(steps(out)[step], process)
+    time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     blocks = len(list(place.glob(".out.unfinished/store/arrays/layers.*")))
@@ -136,19 +145,19 @@ def main() -> None:
         start(folder, folder / "old", "--bits", "8").wait()
         start(folder, folder / "first").wait()  # compiles
         process = start(folder, folder / "peace")
-        began = wait_for(folder / ".peace.unfinished", process)
+        times = [wait_for(path, process) for path in steps(folder / "peace")]
         process.wait()
-        length = time.monotonic() - began
+        lengths = [after - before for before, after in zip(times, [*times[1:], time.monotonic()], strict=True)]
         expected = contents(folder / "peace")
         if not expected or expected != contents(folder / "first"):
             sys.exit("two runs in peace gave different files")
-        print(f"a run in peace: {len(expected)} files, {length:.1f} s from its first trace to its end", flush=True)
+        print(f"a run in peace: {len(expected)} files, {sum(lengths):.1f} s in {len(lengths)} steps", flush=True)
         wrong = 0
         for number in range(options.moments):
-            # One in each stretch of the run, so that they are spread over all of it.
-            moment = (number + draw.random()) / options.moments * length
-            seen, right = trial(folder, moment, expected, folder / "old" if number % 2 else None)
-            print(f"{number + 1:3}. killed {moment:6.2f} s in: {seen}", flush=True)
+            step = (number // 2) % len(lengths)
+            delay = draw.random() * lengths[step]
+            seen, right = trial(folder, step, delay, expected, folder / "old" if number % 2 else None)
+            print(f"{number + 1:3}. killed {delay:.3f} s after step {step}: {seen}", flush=True)
             wrong += not right
         print(f"{options.moments - wrong} of {options.moments} as they should be")
         sys.exit(wrong > 0)

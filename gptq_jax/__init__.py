@@ -8,7 +8,10 @@ from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 
 # methods
-from gptq_jax.methods import LayerBatch, Method, Solution, gptq, gptq_solve, rtn
+from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
+
+from gptq_jax.methods.base import Rewrite
+from gptq_jax.rewrites import awq, hadamard, smooth
 
 # models and checkpoints
 from gptq_jax.hooks.registry import register_layer
@@ -23,7 +26,8 @@ from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
 from gptq_jax.calibration import calibration_batches
-from gptq_jax.evaluate import compare, perplexity
+from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
+from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
@@ -35,23 +39,32 @@ __all__ = [
     "AdaptedModel",
     "CheckpointError",
     "CheckpointSource",
+    "ComparisonTable",
     "LayerBatch",
     "Method",
     "Model",
     "QuantSpec",
     "QuantizedTensor",
+    "Reference",
     "Report",
+    "Rewrite",
     "ShardingRules",
     "Solution",
     "SpecRules",
     "StoreSink",
     "adapt",
+    "awq",
     "calibration_batches",
     "compare",
+    "compare_methods",
+    "coordinate_descent",
     "export",
     "generate",
+    "gptaq",
     "gptq",
     "gptq_solve",
+    "hadamard",
+    "hqq",
     "load",
     "load_lora",
     "lora",
@@ -60,11 +73,14 @@ __all__ = [
     "perplexity",
     "plan",
     "prepare",
+    "qep",
     "quantize",
     "quantize_blocks",
     "register_layer",
     "rtn",
     "save",
     "save_lora",
+    "smooth",
     "with_lora",
+    "write_report",
 ]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from gptq_jax.clock import Clock
 from gptq_jax.hessian import output_energy
 from gptq_jax.hooks.nnx import Params, kernel_of, with_kernel
-from gptq_jax.methods.base import Method, Solution
+from gptq_jax.methods.base import Method, Solution, with_hessian
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.quantizable import Block
 from gptq_jax.observe import Group, Observed, Way, look_again, observe
@@ -23,7 +23,7 @@ from gptq_jax.parallel import DataParallel
 from gptq_jax.parallel.by_outputs import Outputs, by_outputs
 from gptq_jax.report import ExpertsReport, LayerReport
 from gptq_jax.spec import QuantSpec
-from gptq_jax.statistics import ROWS_PER_INPUT, ExpertStats, over_experts, solve_experts, with_hessian
+from gptq_jax.statistics import ROWS_PER_INPUT, ExpertStats, over_experts, solve_experts
 from gptq_jax.stream import Stream
 from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
 

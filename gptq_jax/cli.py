@@ -1,20 +1,22 @@
 """The command line: thin commands over the Python functions of the same names."""
 
 import functools
-import importlib
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gptq_jax.bench import cli as bench
+from gptq_jax.comparison.cli import compare
 from gptq_jax.options import (
     ArchConfigOption,
+    CoordinatorOption,
     Dtype,
     DtypeOption,
     ExportDtype,
@@ -24,6 +26,10 @@ from gptq_jax.options import (
     ModelArgument,
     Order,
     Parallel,
+    ProcessesOption,
+    ProcessIdOption,
+    ProfileOption,
+    TensorParallelOption,
 )
 from gptq_jax.planning import cli as planning
 
@@ -73,8 +79,14 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
     method: Annotated[
-        str, typer.Option(help="gptq; rtn: round to nearest; or module:factory, a function of yours.")
+        str,
+        typer.Option(
+            help="gptq; qep or gptaq: also make up for earlier layers; rtn: round to nearest; hqq: fit zero points; or "
+            "module:factory, a function of yours. Before it, joined by +: hadamard, awq or smooth, which rewrite the "
+            "model, qep, and descent, which improves codes: hadamard+qep+gptq."
+        ),
     ] = "gptq",
+    alpha: Annotated[float | None, typer.Option(help="How much qep or gptaq make up for. [0.5; gptaq: 0.25]")] = None,
     order: Annotated[Order, typer.Option(help="Which inputs are rounded first.")] = Order.activation,
     static_groups: Annotated[
         bool, typer.Option(help="Fit grids before solving, so that any order leaves rows in place.")
@@ -107,9 +119,7 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Experts that saw fewer are solved with all tokens. [2 x inputs]"),
     ] = None,
-    devices: Annotated[
-        int | None, typer.Option(metavar="N", help="Share the work among N of this machine's devices. [all]")
-    ] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="Share the work among N devices. [all]")] = None,
     activations: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Keep the calibration between blocks in a file there. [in memory]"),
@@ -120,6 +130,10 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away the blocks that an interrupted run left, and begin anew.")
     ] = False,
+    coordinator: CoordinatorOption = None,
+    process_id: ProcessIdOption = None,
+    processes: ProcessesOption = None,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize MODEL block by block and write it to a directory.
@@ -128,28 +142,34 @@ def quantize(
     """
     from dataclasses import replace
 
+    from gptq_jax.by_name import AROUND, make_method
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
+    from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
-    from gptq_jax.pipeline import layer_specs, quantize_blocks
+    from gptq_jax.parallel.hosts import is_first
+    from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
     from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
     from gptq_jax.storage.directory import check_target
+    from gptq_jax.storage.load import load
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, escape, layer_progress, note, summarize
 
+    _join(coordinator, process_id, processes)
     rules = SpecRules(
         default=QuantSpec(bits=bits, group_size=group_size, symmetric=not asymmetric, scale_dtype="float16"),
         skip=tuple(skip or ()),
         overrides=tuple(parse_override(text) for text in override or ()),
     )
     options: dict[str, Any] = {}
-    if method == "gptq":
+    last = method.rpartition("+")[2]
+    if last in ("gptq", "gptaq", *AROUND):
         options = {"order": str(order), "static_groups": static_groups, "damping": damp}
         options["grid"] = str(grid or GridName.ldl)
-    elif method == "rtn":
+    elif last in METHODS:
         options["grid"] = str(grid or GridName.minmax)
-    chosen = make_method(method, options)
+    chosen = make_method(method, options, alpha=alpha)
     check_target(out, overwrite=overwrite)
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
@@ -157,6 +177,11 @@ def quantize(
     specs = layer_specs(source, rules)
     length = _window(length, source.config.context_length)
     windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+    fit = batches(windows, batch_size)
+    if chosen.rewrite is not None:
+        with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
+            whole = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
+            source, chosen = rewritten(whole, fit, rules, chosen)
     settings = {
         "method": method,
         "model": model,
@@ -179,12 +204,12 @@ def quantize(
         settings=settings,
         on_open=opened,
     )
-    with sink, layer_progress() as on_layer:
+    with sink, _profiled(profile), layer_progress() as on_layer:
         try:
             _, report = quantize_blocks(
                 source,
                 sink,
-                batches(windows, batch_size),
+                fit,
                 rules,
                 chosen,
                 true_sequential=true_sequential,
@@ -196,10 +221,11 @@ def quantize(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(sink.kept()) from None
     report = replace(report, settings={**report.settings, **settings})
-    summarize(report)
-    note(f"wrote {out}")
-    if as_json:
-        print(json.dumps(report.to_json()))
+    if is_first():
+        summarize(report)
+        note(f"wrote {out}")
+        if as_json:
+            print(json.dumps(report.to_json()))
 
 
 @command
@@ -210,47 +236,85 @@ def eval_(
     split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
     length: Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the context]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time on each device.")] = 1,
-    devices: Annotated[
-        int | None, typer.Option(metavar="N", help="Share the windows among N of this machine's devices. [all]")
-    ] = None,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="Share the windows among N devices. [all]")] = None,
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
+    tensor_parallel: TensorParallelOption = None,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead: tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    task_path: Annotated[Path | None, typer.Option(help="A folder with YAML files of more tasks.")] = None,
+    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples before a question. [as the task says]")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put questions into the model's chat template.")] = False,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
+    coordinator: CoordinatorOption = None,
+    process_id: ProcessIdOption = None,
+    processes: ProcessesOption = None,
+    profile: ProfileOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap."""
+    """Perplexity as the GPTQ paper measures it: one token stream, windows that do not overlap. Or tasks."""
     from gptq_jax.calibration import read_text, token_stream
     from gptq_jax.evaluate import compare, perplexity
     from gptq_jax.parallel import choose_devices
+    from gptq_jax.parallel.hosts import is_first
     from gptq_jax.terminal import console, escape
 
+    if tasks is not None:
+        if text is not None or dataset is not None or against is not None:
+            raise ValueError("--tasks goes without --text, --dataset and --against: run eval again for those.")
+        from gptq_jax.harness.run import check_harness, run_tasks
+
+        check_harness()
+        with console.status(f"loading {escape(model)}"):
+            asked = _runnable(model, dtype, arch_config, _mesh(tensor_parallel))
+        metrics = run_tasks(
+            asked,
+            tasks.split(","),
+            task_path=task_path,
+            few_shot=few_shot,
+            limit=limit,
+            batch_size=batch_size,
+            chat=chat,
+        )
+        _show({"model": model, "tasks": metrics} if as_json else {"model": model, **_flat(metrics)}, as_json)
+        return
     source = text or dataset
     if (text is None) == (dataset is None) or source is None:
-        raise ValueError("give either --text FILE or --dataset NAME.")
-    chosen = choose_devices(devices)
+        raise ValueError("give either --text FILE or --dataset NAME, or --tasks.")
+    _join(coordinator, process_id, processes)
+    mesh = _mesh(tensor_parallel)
+    if tensor_parallel is not None and (devices is not None or parallel is not Parallel.jit):
+        raise ValueError("--tensor-parallel cuts the model, --devices and --parallel pmap copy it: give one of them.")
+    chosen = choose_devices(tensor_parallel or devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype, arch_config)
-        other = _runnable(against, dtype) if against else None
+        loaded = _runnable(model, dtype, arch_config, mesh)
+        other = _runnable(against, dtype, mesh=mesh) if against else None
     length = _window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
-    result |= {"devices": len(chosen), "parallel": str(parallel)}
+    result |= {"devices": len(chosen), "parallel": str(parallel) if mesh is None else "tensor"}
     settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
-    if other is None:
-        result["perplexity"] = perplexity(loaded, stream, devices=chosen, progress=True, **settings)
-    else:
-        compared = compare(loaded, other, stream, devices=chosen, progress=True, **settings)
-        result |= {
-            "perplexity": compared.perplexity,
-            "against": against,
-            "against_perplexity": compared.other_perplexity,
-            "kl_divergence": compared.kl,
-            "top1_agreement": compared.top1_agreement,
-        }
-    _show(result, as_json)
+    settings["progress"] = is_first()
+    settings["devices"] = chosen if mesh is None else None  # of the mesh
+    with _profiled(profile):
+        if other is None:
+            result["perplexity"] = perplexity(loaded, stream, **settings)
+        else:
+            compared = compare(loaded, other, stream, **settings)
+            result |= {
+                "perplexity": compared.perplexity,
+                "against": against,
+                "against_perplexity": compared.other_perplexity,
+                "kl_divergence": compared.kl,
+                "top1_agreement": compared.top1_agreement,
+            }
+    if is_first():
+        _show(result, as_json)
 
 
 @command
@@ -263,6 +327,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of total probability P.")] = None,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    tensor_parallel: TensorParallelOption = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
@@ -271,8 +336,9 @@ def generate(
     from gptq_jax.terminal import console, escape
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    mesh = _mesh(tensor_parallel)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype, arch_config)
+        loaded = _runnable(model, dtype, arch_config, mesh)
     for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -363,34 +429,9 @@ def demo(
 
 
 command(planning.plan)
+command(compare)
 for function in (bench.kernels, bench.decode):
     command(function, bench_app)
-
-
-def make_method(name: str, options: dict[str, Any]) -> Any:
-    """The method called `name` in METHODS, or that `module:factory` returns, called with `options`.
-
-    Raises:
-        ValueError: there is no such method, or the factory returns none.
-        ImportError: the module cannot be imported.
-    """
-    from gptq_jax.methods import METHODS, Method
-
-    module_name, separator, factory_name = name.partition(":")
-    if not separator:
-        if name not in METHODS:
-            raise ValueError(f"--method {name!r} is none of {', '.join(METHODS)}, nor module:factory.")
-        return METHODS[name](**options)
-    if os.getcwd() not in sys.path:  # a console script's path begins with its own folder
-        sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (AttributeError, ValueError):
-        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.") from None
-    method = factory(**options) if callable(factory) else factory
-    if not isinstance(method, Method):
-        raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
-    return method
 
 
 def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
@@ -407,13 +448,26 @@ def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
         return open_checkpoint(model, dtype=str(dtype), arch_config=arch_config, on_tensor=on_tensor)
 
 
-def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None) -> Any:
-    """The model, its packed weights as they run here."""
+def _mesh(devices: int | None) -> Any:
+    """The first devices of this process in a row, for `--tensor-parallel`; None for one, or where it was not given."""
+    if devices in (None, 1):
+        return None
+    from gptq_jax.parallel import choose_devices
+    from gptq_jax.storage.sharding import model_mesh
+
+    try:
+        return model_mesh(choose_devices(devices))
+    except ValueError as error:
+        raise ValueError(f"--tensor-parallel: {error}") from None
+
+
+def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None, mesh: Any = None) -> Any:
+    """The model, its packed weights as they run here, or cut over the devices of a mesh."""
     from gptq_jax.models.prepared import prepare
     from gptq_jax.pipeline import is_quantized
     from gptq_jax.storage.load import load
 
-    loaded = load(model, dtype=str(dtype), arch_config=arch_config)
+    loaded = load(model, dtype=str(dtype), arch_config=arch_config, mesh=mesh)
     return prepare(loaded) if is_quantized(loaded) else loaded
 
 
@@ -422,6 +476,32 @@ def _window(length: int | None, context: int) -> int:
     if length is not None and length > context:
         raise ValueError(f"--length {length} is more than the model's context of {context} tokens.")
     return length or min(2048, context)
+
+
+def _join(coordinator: str | None, process_id: int | None, processes: int | None) -> None:
+    """Make this process one of several; only the first speaks."""
+    from gptq_jax.parallel import hosts
+    from gptq_jax.terminal import console
+
+    hosts.join(coordinator, process_id, processes)
+    console.quiet = not hosts.is_first()
+
+
+def _profiled(directory: Path | None) -> AbstractContextManager[Any]:
+    """What runs inside is profiled, if that is asked for."""
+    import jax
+
+    return nullcontext() if directory is None else jax.profiler.trace(str(directory))
+
+
+def _flat(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is measured, a line each, by task."""
+    return {
+        f"{task} {name.removesuffix(',none')}": value
+        for task, found in metrics.items()
+        for name, value in found.items()
+        if isinstance(value, float)
+    }
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

@@ -47,8 +47,39 @@ class Comparison:
     top1_agreement: float
 
 
+class Reference:
+    """A model that many are compared with on one text: what its head takes is computed once, and kept.
+
+    Pass it where `compare` takes the other model, or `perplexity` its model.
+
+    Args:
+        model: e.g. the float one. A module of one's own keeps logits, which are larger.
+        keep_bytes: as much is kept, in the memory of the devices; the rest is computed each time.
+    """
+
+    def __init__(self, model: Model | AdaptedModel, *, keep_bytes: int = 2**30):
+        self.model = model
+        self._keeps, self._left = keep_bytes > 0, keep_bytes
+        self._kept: dict[Hashable, Array] = {}
+
+    def hidden_states(
+        self, where: DataParallel, model: Model | AdaptedModel, tokens: Int32[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """What the head takes for these tokens; `model` is this one, its parameters where they are wanted."""
+        if not self._keeps:
+            return _hidden_states(where, model, tokens)
+        key = (where, where.gather(tokens).tobytes())
+        if key not in self._kept:
+            states = _hidden_states(where, model, tokens)
+            if states.nbytes > self._left:
+                return states
+            self._left -= states.nbytes
+            self._kept[key] = states
+        return self._kept[key]
+
+
 def perplexity(
-    model: Model | AdaptedModel,
+    model: Model | AdaptedModel | Reference,
     text_or_tokens: str | Any,
     *,
     length: int = 2048,
@@ -69,21 +100,23 @@ def perplexity(
         batch_size: windows run at once on each device; changes speed and memory only, as the next two do.
         parallel: "jit": one program for a mesh of devices; "pmap": by `jax.pmap`. Either way each device has all
             parameters, and windows of its own.
-        devices: how many of this process's devices, or which; None for all of them. Parameters that are cut over
-            devices already stay as they are under "jit", and the mesh is theirs.
+        devices: how many of this process's devices, or which; None for all of them. A model whose parameters are cut
+            over devices runs on its own mesh, all windows of a batch together: it takes neither of the last two.
         progress: show a progress bar on the terminal's error stream.
 
     Raises:
         ValueError: fewer tokens than a window, a window longer than the model's context, bad tokens, logits that
-            are not finite, an unknown `parallel`, or devices that there are not.
+            are not finite, an unknown `parallel`, devices that there are not, or devices for a model that is cut.
     """
+    reference = _reference(model)
+    model = reference.model
     where = data_parallel(parallel, devices, model.params)
     config = _config(model, length)
     windows = _windows(model, config, text_or_tokens, length, batch_size)
     model = replace(model, params=where.replicate(model.params))
     losses = []
     for batch, real in _batches(windows, batch_size, where, progress, "perplexity"):
-        x = _hidden_states(where, model, batch)
+        x = reference.hidden_states(where, model, batch)
         params = _head_params(config, model)
         losses.append(where.gather(where.run(_losses, config, params=params, batches=(x, batch)))[:real])
     return math.exp(_mean(np.concatenate(losses), "the model's logits"))
@@ -91,7 +124,7 @@ def perplexity(
 
 def compare(
     model: Model | AdaptedModel,
-    other: Model | AdaptedModel,
+    other: Model | AdaptedModel | Reference,
     text_or_tokens: str | Any,
     *,
     length: int = 2048,
@@ -104,14 +137,17 @@ def compare(
 
     Args:
         model: e.g. the quantized one. Its tokenizer reads the text.
-        other: e.g. the float one it came from.
+        other: e.g. the float one it came from; a `Reference` to it where several are compared with it.
         text_or_tokens: as for `perplexity`.
         length: tokens in a window.
         batch_size, parallel, devices, progress: as for `perplexity`.
 
     Raises:
-        ValueError: as for `perplexity`, or the vocabularies differ in size.
+        ValueError: as for `perplexity`, or the vocabularies differ in size, or one model is cut over devices and the
+            other is elsewhere.
     """
+    reference = _reference(other)
+    other = reference.model
     configs = _config(model, length), _config(other, length)
     if len({config.vocab_size for config in configs}) > 1:
         raise ValueError(
@@ -125,7 +161,7 @@ def compare(
     params = tuple(_head_params(config, each) for config, each in zip(configs, (model, other), strict=True))
     rows = []
     for batch, real in _batches(windows, batch_size, where, progress, "comparison"):
-        streams = [_hidden_states(where, each, batch) for each in (model, other)]
+        streams = _hidden_states(where, model, batch), reference.hidden_states(where, other, batch)
         rows.append(where.gather(where.run(_differences, *configs, params=params, batches=(*streams, batch)))[:real])
     loss, other_loss, kl, agreement = np.moveaxis(np.concatenate(rows), -1, 0)
     return Comparison(
@@ -139,8 +175,21 @@ def compare(
 def data_parallel(parallel: str, devices: int | Sequence[jax.Device] | None, params: Any) -> DataParallel:
     """Where an evaluation runs; arguments and errors are those of `perplexity`."""
     DataParallel(None, parallel)  # its name first
-    stays = parallel == "jit" and devices is None and is_cut(params)
-    return DataParallel(None if stays else make_mesh(choose_devices(devices)), parallel)
+    if not is_cut(params):
+        return DataParallel(make_mesh(choose_devices(devices)), parallel)
+    if devices is not None or parallel != "jit":
+        raise ValueError(
+            "the parameters are cut over devices, and devices= and parallel='pmap' would copy all of them to each: "
+            "leave both out."
+        )
+    places = {frozenset(leaf.sharding.device_set) for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)}
+    if len(places) > 1:
+        raise ValueError("the models are on different devices: load both with one mesh.")
+    return DataParallel(None, parallel)
+
+
+def _reference(model: Model | AdaptedModel | Reference) -> Reference:
+    return model if isinstance(model, Reference) else Reference(model, keep_bytes=0)
 
 
 def _config(model: Model | AdaptedModel, length: int) -> Any:

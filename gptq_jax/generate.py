@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, Shaped
 
 from gptq_jax.models.base import (
@@ -25,6 +26,7 @@ from gptq_jax.models.base import (
     head_params,
     run_block,
 )
+from gptq_jax.models.tensor_parallel import heads_of, where_even
 
 PREFILL_CHUNK = 64
 _LEAST_CAPACITY = 256
@@ -188,7 +190,7 @@ def _generate(
         x = embed(config, model.params, jnp.asarray(padded[None, start : start + PREFILL_CHUNK]), positions)
         if caches is None:
             capacity = cache_capacity(len(prompt) + max_new_tokens)
-            caches = [config.init_cache(1, capacity, x.dtype) for _ in model.params["layers"]]
+            caches = [_empty_cache(config, capacity, x.dtype, heads_of(block)) for block in model.params["layers"]]
         x = _run_cached(model, x, positions, caches)
     assert caches is not None
     position = len(prompt)
@@ -206,6 +208,15 @@ def _generate(
             return
         yield value
         token = following
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_cache(config: Architecture, capacity: int, dtype: Any, heads: NamedSharding | None) -> Cache:
+    """A cache of one block, its heads placed by `heads` where they divide evenly."""
+    cache = config.init_cache(1, capacity, dtype)
+    if heads is None:
+        return cache
+    return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda leaf: where_even(heads, leaf.shape), cache))
 
 
 def _positions(start: int, time: int) -> Int32[Array, "1 time"]:

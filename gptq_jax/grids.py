@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from gptq_jax.spec import QuantSpec
+from gptq_jax.tensor import QuantizedTensor
 
 GRIDS = ("minmax", "mse", "ldl")
 
@@ -35,13 +36,13 @@ def minmax(group: Float[Array, "rows d_out"], spec: QuantSpec) -> Grid:
     if spec.symmetric:
         span = 2 * jnp.max(jnp.abs(group), axis=0)
         zero = jnp.full_like(span, 2.0 ** (spec.bits - 1))
-        return Grid(_representable(jnp.where(span == 0, 1.0, span / spec.max_code), spec), zero)
+        return Grid(representable(jnp.where(span == 0, 1.0, span / spec.max_code), spec), zero)
     low = jnp.minimum(jnp.min(group, axis=0), 0.0)
     high = jnp.maximum(jnp.max(group, axis=0), 0.0)
     scale = jnp.where(high == low, 1.0, (high - low) / spec.max_code)
     # The zero point belongs to the exact scale: rounding of the stored one must not move it past the last code.
     zero = jnp.clip(jnp.round(-low / scale), 0, spec.max_code)
-    return Grid(_representable(scale, spec), zero)
+    return Grid(representable(scale, spec), zero)
 
 
 def clipped(
@@ -64,7 +65,7 @@ def clipped(
 
     def attempt(step: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
         least, scale = best
-        shrunk = _representable(full.scale * (1.0 - step.astype(jnp.float32) / _STEPS), spec)
+        shrunk = representable(full.scale * (1.0 - step.astype(jnp.float32) / _STEPS), spec)
         # In units of the scale: fewest operations on each weight, and no underflow of small weights.
         steps = group * (1.0 / shrunk)[None]
         error = steps - jnp.clip(jnp.round(steps), least_step[None], most_step[None])
@@ -104,7 +105,14 @@ def stored_zeros(zero: Float[Array, "groups d_out"], spec: QuantSpec) -> UInt8[A
     return None if spec.symmetric else zero.astype(jnp.uint8)
 
 
-def _representable(scale: Float[Array, "d_out"], spec: QuantSpec) -> Float[Array, "d_out"]:
+def grid_of(tensor: QuantizedTensor) -> Grid:
+    """The grid of a weight as float32; the zero of a symmetric one is its middle code."""
+    scale = tensor.scales.astype(jnp.float32)
+    middle = 2.0 ** (tensor.spec.bits - 1)
+    return Grid(scale, jnp.full_like(scale, middle) if tensor.zeros is None else tensor.zeros.astype(jnp.float32))
+
+
+def representable(scale: Float[Array, "d_out"], spec: QuantSpec) -> Float[Array, "d_out"]:
     """Round to the stored dtype, so that codes are chosen for the scales that will be used; never to zero."""
     dtype = jnp.dtype(spec.scale_dtype or "float32")
     least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)

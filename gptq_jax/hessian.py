@@ -26,6 +26,18 @@ def accumulate(hessian: Float[Array, "d_in d_in"], inputs: Float[Array, "tokens 
     return hessian + jnp.matmul(x.T, x, precision="highest")
 
 
+def accumulate_drift(
+    drift: Float[Array, "d_in d_in"], inputs: Float[Array, "tokens d_in"], float_inputs: Float[Array, "tokens d_in"]
+) -> Float[Array, "d_in d_in"]:
+    """`drift + inputs^T (float_inputs - inputs)`, in float32.
+
+    How the errors of earlier layers show in a layer's inputs. The papers keep C = inputs^T float_inputs and take H off
+    it later; subtracting first leaves no small difference of large sums.
+    """
+    x = inputs.astype(jnp.float32)
+    return drift + jnp.matmul(x.T, float_inputs.astype(jnp.float32) - x, precision="highest")
+
+
 def factorize(hessian: Float[Array, "d_in d_in"], damping: float, mean_diagonal: Float[Array, ""]) -> Factor:
     """The upper triangular factor of the damped Hessian.
 

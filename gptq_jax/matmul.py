@@ -1,5 +1,7 @@
 """x @ QuantizedTensor, by whichever implementation runs here."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -7,13 +9,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Shaped
 
 from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels import api, grouped
+from pallas_kernels import api, grouped, sharded
+from pallas_kernels.sharded import ShardedWeight
 from pallas_kernels.weight import PackedWeight, describe
+
+Prepared = api.PreparedWeight | ShardedWeight
 
 
 def matmul(
     x: Shaped[Array, "*batch d_in"],
-    weight: QuantizedTensor | api.PreparedWeight,
+    weight: QuantizedTensor | Prepared,
     implementation: str | None = None,
     bias: Float[Array, "d_out"] | None = None,
 ) -> Float[Array, "*batch d_out"]:
@@ -28,13 +33,25 @@ def matmul(
     Raises:
         TypeError, ValueError, NotImplementedError: see `pallas_kernels.api.quantized_matmul`.
     """
+    if isinstance(weight, ShardedWeight):
+        (y,) = sharded.quantized_matmul(x, weight, implementation)
+        return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
     packed = weight if isinstance(weight, api.PreparedWeight) else packed_weight(weight)
     return api.quantized_matmul(x, packed, implementation, bias)
 
 
+def fused_matmul(
+    x: Shaped[Array, "*batch d_in"], weight: Prepared, sizes: Sequence[int]
+) -> list[Float[Array, "*batch _"]]:
+    """The products of `x` with weights that were prepared as one, of `sizes` outputs."""
+    if isinstance(weight, ShardedWeight):
+        return sharded.quantized_matmul(x, weight, sizes=sizes)
+    return _apart(matmul(x, weight), sizes)
+
+
 def grouped_matmul(
     x: Float[Array, "rows d_in"],
-    weight: Float[Array, "experts d_in d_out"] | QuantizedTensor | api.PreparedWeight,
+    weight: Float[Array, "experts d_in d_out"] | QuantizedTensor | Prepared,
     group_sizes: Int32[Array, "experts"],
     implementation: str | None = None,
 ) -> Float[Array, "rows d_out"]:
@@ -52,8 +69,23 @@ def grouped_matmul(
     if isinstance(weight, jax.Array):
         # XLA's ragged product on a CPU multiplies every row with every expert.
         return jax.lax.platform_dependent(x, weight, group_sizes, cpu=_by_blocks, default=jax.lax.ragged_dot)
+    if isinstance(weight, ShardedWeight):
+        return sharded.grouped_matmul(x, weight, group_sizes, implementation)[0]
     packed = weight if isinstance(weight, api.PreparedWeight) else packed_weight(weight)
     return api.grouped_matmul(x, packed, group_sizes, implementation)
+
+
+def fused_grouped_matmul(
+    x: Float[Array, "rows d_in"], weight: Prepared, group_sizes: Int32[Array, "experts"], sizes: Sequence[int]
+) -> list[Float[Array, "rows _"]]:
+    """`grouped_matmul` with stacks that were prepared as one, of `sizes` outputs."""
+    if isinstance(weight, ShardedWeight):
+        return sharded.grouped_matmul(x, weight, group_sizes, sizes=sizes)
+    return _apart(grouped_matmul(x, weight, group_sizes), sizes)
+
+
+def _apart(y: Float[Array, "*batch d_out"], sizes: Sequence[int]) -> list[Float[Array, "*batch _"]]:
+    return jnp.split(y, list(accumulate(sizes))[:-1], axis=-1)
 
 
 def _by_blocks(
@@ -85,13 +117,13 @@ def explain(
 
 def is_packed(value: Any) -> bool:
     """Whether it is a packed weight, as it is stored or prepared to run."""
-    return isinstance(value, QuantizedTensor | api.PreparedWeight)
+    return isinstance(value, QuantizedTensor | Prepared)
 
 
 def holds_prepared(params: Any) -> bool:
     """Whether any weight in a tree of parameters is prepared to run here."""
     leaves = jax.tree.leaves(params, is_leaf=is_packed)
-    return any(isinstance(leaf, api.PreparedWeight) for leaf in leaves)
+    return any(isinstance(leaf, Prepared) for leaf in leaves)
 
 
 def packed_weight(tensor: QuantizedTensor) -> PackedWeight:

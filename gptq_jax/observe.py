@@ -11,10 +11,10 @@ from jaxtyping import Array, Bool, Float
 from gptq_jax.clock import Clock
 from gptq_jax.hooks.experts import Routed
 from gptq_jax.hooks.nnx import Input, Params, kernel_of
-from gptq_jax.methods.base import LayerBatch, Method, Stats
+from gptq_jax.methods.base import LayerBatch, Method, Stats, with_hessian
 from gptq_jax.models.quantizable import Block
 from gptq_jax.parallel import DataParallel, ordered_sum
-from gptq_jax.statistics import ExpertStats, init_experts, update_experts, with_hessian
+from gptq_jax.statistics import ExpertStats, init_experts, update_experts
 from gptq_jax.stream import Round, Stream, places
 
 Group = tuple[str, ...]  # paths of layers that share an input

@@ -18,6 +18,10 @@ ArchConfigOption = Annotated[
         help="Of MODEL's architecture, where MODEL is an Orbax checkpoint of parameters or a .msgpack file.",
     ),
 ]
+TensorParallelOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Cut the model over N of this machine's devices, each of which holds its part."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
@@ -70,6 +74,19 @@ class Format(StrEnum):
 
 
 DtypeOption = Annotated[Dtype, typer.Option(help="Of embeddings, norms, head and activations.")]
+
+CoordinatorOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        help="Run as one of several processes: where the first listens; auto under Slurm, GKE or on TPU pods.",
+    ),
+]
+ProcessIdOption = Annotated[int | None, typer.Option(metavar="I", help="Of this process, from 0.")]
+ProcessesOption = Annotated[int | None, typer.Option(metavar="N", help="That take part.")]
+ProfileOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write a profile for TensorBoard or XProf there.")
+]
 
 
 def integers(option: str, text: str) -> list[int]:

@@ -16,6 +16,7 @@ from gptq_jax.clock import Clock
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.matmul import is_packed
 from gptq_jax.methods.base import Method
+from gptq_jax.methods.contract import check_statistics
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.models.identity import digest_arrays
 from gptq_jax.models.quantizable import Block, BlockModel, BlockSource, Calibration
@@ -114,6 +115,8 @@ def quantize(
             finite or quantized already, rules that match nothing; during it, by name: a layer whose inputs are
             not finite, are all zero, or are not as many as the calibration tokens.
     """
+    if method is not None and method.rewrite is not None:
+        model, method = rewritten(model, batches, spec, method)
     job = _job(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
     check_weights(model)
     return _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
@@ -153,9 +156,31 @@ def quantize_blocks(
     Raises:
         ValueError: as for `quantize`; or what is in the sink is of another run.
     """
+    if method is not None and method.rewrite is not None:
+        raise ValueError(
+            f"method {method.name!r} has the rewrite {method.rewrite.name!r}, which needs the whole model in memory: "
+            "load it, and quantize what `rewritten` returns."
+        )
     job = _job(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
     there = sink.open(job.description(source.identity()))
     return _run(job, sink, there, budget=STREAMED_BYTES, activations=activations, on_layer=on_layer)
+
+
+def rewritten(
+    model: Quantizable, batches: Sequence[Any], spec: QuantSpec | SpecRules | None, method: Method
+) -> tuple[Quantizable, Method]:
+    """The float model as the method's rewrite leaves it, and the method for it, which knows what was done.
+
+    Args:
+        model, batches, spec: as for `quantize`.
+        method: with a rewrite.
+    """
+    assert method.rewrite is not None
+    job = _job(model, batches, spec, method, True, None, 1)  # what is wrong with them is said before the work
+    check_weights(model)
+    model = method.rewrite.apply(model, job.batches, job.rules)
+    settings = (*method.settings, ("rewrite", method.rewrite.name), *method.rewrite.settings)
+    return model, method._replace(rewrite=None, settings=settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +252,8 @@ def _job(
         raise ValueError(f"min_expert_tokens={min_expert_tokens} must not be negative; 0 for each expert by itself.")
     if not batches:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
+    method = gptq() if method is None else method
+    check_statistics(method)
     if isinstance(source, BlockModel) and is_quantized(source):
         raise ValueError(QUANTIZED)
     pairs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
@@ -236,7 +263,7 @@ def _job(
         batches=pairs,
         rules=rules,
         specs=block_specs(calibration, rules),
-        method=gptq() if method is None else method,
+        method=method,
         true_sequential=true_sequential,
         min_expert_tokens=min_expert_tokens,
         parallel=_devices(devices, calibration),

@@ -4,14 +4,13 @@ A `Method` knows one weight. Its functions are mapped over experts here, so that
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from gptq_jax.hessian import accumulate
 from gptq_jax.hooks.experts import Routed
 from gptq_jax.methods.base import LayerBatch, Method, Solution, Stats
 from gptq_jax.spec import QuantSpec
@@ -37,24 +36,6 @@ class ExpertStats(NamedTuple):
     own: Stats
     shared: Stats
     rows: Int32[Array, "experts"]
-
-
-@lru_cache
-def with_hessian(method: Method) -> Method:
-    """The method, with statistics that hold the Hessian too if they do not already."""
-    if method.hessian is not None:
-        return method
-
-    def init(d_in: int, d_out: int) -> tuple[Stats, Array]:
-        return method.init(d_in, d_out), jnp.zeros((d_in, d_in), jnp.float32)
-
-    def update(stats: tuple[Stats, Array], batch: LayerBatch) -> tuple[Stats, Array]:
-        return method.update(stats[0], batch), accumulate(stats[1], batch.x)
-
-    def solve(weight: Array, stats: tuple[Stats, Array], spec: QuantSpec) -> Any:
-        return method.solve(weight, stats[0], spec)
-
-    return method._replace(init=init, update=update, solve=solve, hessian=lambda stats: stats[1])
 
 
 def init_experts(method: Method, experts: int, d_in: int, d_out: int) -> ExpertStats:

@@ -131,7 +131,7 @@ def quantized_matmul(
             disagree.
         NotImplementedError: the implementation, or every one, declines; the reasons are given.
     """
-    _check_x(x, weight)
+    check_x(x, weight)
     if bias is not None and bias.shape != (weight.d_out,):
         raise ValueError(f"bias has shape {bias.shape}: pass ({weight.d_out},), one for each output.")
     rows = x.reshape(-1, weight.d_in)
@@ -165,7 +165,7 @@ def grouped_matmul(
     Raises:
         TypeError, ValueError, NotImplementedError: as for `quantized_matmul`.
     """
-    _check_x(x, weight)
+    check_x(x, weight)
     problem = _describe_call(weight, x.shape[0], x.dtype, one=False)
     grouped.check_groups(x, problem.experts, group_sizes)
     name, arrays = _arrays(weight, problem, implementation)
@@ -191,7 +191,8 @@ def _describe_call(weight: PackedWeight | PreparedWeight, tokens: int, x_dtype: 
     return replace(problem, experts=None) if one else problem
 
 
-def _check_x(x: Array, weight: PackedWeight | PreparedWeight) -> None:
+def check_x(x: Array, weight: Any) -> None:
+    """Raise TypeError or ValueError where `x` is of a dtype or of inputs that the weight does not take."""
     if x.dtype.name not in X_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}: convert it to one of {list(X_DTYPES)}.")
     if x.ndim < 1 or x.shape[-1] != weight.d_in:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gptq_jax import Method, grids
-from gptq_jax.methods.rtn import round_to_grid, split_groups
+from gptq_jax.methods.rtn import round_to_grid, rtn, split_groups
 
 
 def clip_search(shrink=(1.0, 0.95, 0.9, 0.85, 0.8)) -> Method:
@@ -31,3 +31,14 @@ def clip_search(shrink=(1.0, 0.95, 0.9, 0.85, 0.8)) -> Method:
 def no_method() -> int:
     """A factory that breaks its promise."""
     return 3
+
+
+def fails_on_columns() -> Method:
+    """Round to nearest, but for one kind of grid."""
+
+    def solve(weight, stats, spec):
+        if spec.group_size == -1:
+            raise NotImplementedError("whole columns are too long")
+        return rtn().solve(weight, stats, spec)
+
+    return rtn()._replace(solve=solve)

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from gptq_jax.matmul import grouped_matmul
+from gptq_jax.matmul import Prepared, grouped_matmul
 from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels.api import PreparedWeight
 
 
 class Routed(NamedTuple):
@@ -80,7 +79,7 @@ class ExpertLinear(nnx.Module):
 class QuantizedExpertLinear(nnx.Module):
     """`ExpertLinear` on packed kernels."""
 
-    def __init__(self, kernel: QuantizedTensor | PreparedWeight):
+    def __init__(self, kernel: QuantizedTensor | Prepared):
         self.kernel = nnx.data(kernel)
 
     def __call__(self, routed: Routed) -> Routed:
@@ -88,8 +87,8 @@ class QuantizedExpertLinear(nnx.Module):
         return routed._replace(rows=grouped_matmul(routed.rows, self.kernel, routed.sizes))
 
 
-def is_stacked(weight: QuantizedTensor | PreparedWeight) -> bool:
+def is_stacked(weight: QuantizedTensor | Prepared) -> bool:
     """Whether a packed weight is one of experts."""
-    if isinstance(weight, PreparedWeight):
-        return weight.problem.experts is not None
-    return weight.codes.ndim == 3
+    if isinstance(weight, QuantizedTensor):
+        return weight.codes.ndim == 3
+    return weight.problem.experts is not None

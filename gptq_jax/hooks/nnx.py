@@ -6,7 +6,6 @@ Both replace submodules of a copy that lives only while a function is traced, so
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, no_type_check
 
 import jax
@@ -16,9 +15,8 @@ from jaxtyping import Array, Float
 
 from gptq_jax.hooks.experts import ExpertLinear, QuantizedExpertLinear, Routed, is_stacked
 from gptq_jax.hooks.low_rank import LORA, LowRankLinear
-from gptq_jax.matmul import grouped_matmul, is_packed, matmul
+from gptq_jax.matmul import Prepared, fused_grouped_matmul, fused_matmul, is_packed, matmul
 from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels.api import PreparedWeight
 
 Params = dict[str, Any]  # nested dicts: names of submodules, then of arrays or QuantizedTensors
 Input = Array | Routed  # of a linear layer: [*batch, d_in], or the rows of experts
@@ -37,7 +35,7 @@ class FusedWeight:
         sizes: outputs of each. Static.
     """
 
-    weight: PreparedWeight
+    weight: Prepared
     paths: tuple[str, ...] = field(metadata={"static": True})
     sizes: tuple[int, ...] = field(metadata={"static": True})
 
@@ -45,7 +43,7 @@ class FusedWeight:
 class QuantizedLinear(nnx.Module):
     """`nnx.Linear` on a packed kernel."""
 
-    def __init__(self, kernel: QuantizedTensor | PreparedWeight, bias: Float[Array, "d_out"] | None):
+    def __init__(self, kernel: QuantizedTensor | Prepared, bias: Float[Array, "d_out"] | None):
         self.kernel = nnx.data(kernel)
         self.bias = nnx.data(bias)
 
@@ -58,17 +56,17 @@ class _SharedProduct:
     """A product that several layers take parts of: computed when the first of them is called."""
 
     def __init__(self, fused: FusedWeight):
-        self.weight, self.starts = fused.weight, list(accumulate(fused.sizes))[:-1]
+        self.weight, self.sizes = fused.weight, fused.sizes
         self.x: Input | None = None
         self.parts: list[Array] = []
 
     def part(self, x: Input, index: int) -> Input:
         if self.x is not x:
             if isinstance(x, Routed):
-                y = grouped_matmul(x.rows, self.weight, x.sizes)
+                parts = fused_grouped_matmul(x.rows, self.weight, x.sizes, self.sizes)
             else:
-                y = matmul(x, self.weight)
-            self.x, self.parts = x, jnp.split(y, self.starts, axis=-1)
+                parts = fused_matmul(x, self.weight, self.sizes)
+            self.x, self.parts = x, parts
         return x._replace(rows=self.parts[index]) if isinstance(x, Routed) else self.parts[index]
 
 
@@ -123,7 +121,7 @@ def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
 
     Args:
         abstract: a module of shapes, from `nnx.eval_shape`.
-        params: its arrays by name; where a linear layer's kernel is a QuantizedTensor or a PreparedWeight, a
+        params: its arrays by name; where a linear layer's kernel is a QuantizedTensor or prepared, a
             QuantizedLinear or QuantizedExpertLinear takes its place, and FusedLinears that of the layers of
             each FusedWeight in `params["fused"]`; a LowRankLinear that of each layer in `params["lora"]`.
     """

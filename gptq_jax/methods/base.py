@@ -1,13 +1,15 @@
 """What a quantization method is: pure functions over a state pytree."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from gptq_jax import grids
-from gptq_jax.spec import QuantSpec
+from gptq_jax.hessian import accumulate
+from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.packing import pack
 
@@ -37,6 +39,21 @@ class Solution(NamedTuple):
     notes: dict[str, Array]
 
 
+class Rewrite(NamedTuple):
+    """A change of a model's weights, made before they are solved, that leaves its outputs as they are.
+
+    Attributes:
+        apply: (model, batches, rules) -> model: the float model in memory, the calibration as `Batch`es, and the
+            `SpecRules` by which its layers will be quantized.
+        name: for reports.
+        settings: what it was made with, by name, for the report.
+    """
+
+    apply: Callable[[Any, Sequence[Any], SpecRules], Any]
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
 class Method(NamedTuple):
     """A quantization method. Adding one needs no registration: pass the value as `method=`.
 
@@ -51,6 +68,7 @@ class Method(NamedTuple):
         settings: what it was made with, by name, for the report.
         needs_float_inputs: batches carry `x_float`, which takes a second pass through the model.
         independent_outputs: `solve` treats each output by itself, so that devices can share them.
+        rewrite: of the model, before: `gptq()._replace(rewrite=hadamard())`.
     """
 
     init: Callable[[int, int], Stats]
@@ -61,6 +79,25 @@ class Method(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()  # pairs, so that a method stays hashable
     needs_float_inputs: bool = False
     independent_outputs: bool = False
+    rewrite: Rewrite | None = None
+
+
+@lru_cache
+def with_hessian(method: Method) -> Method:
+    """The method, with statistics that hold the Hessian too if they do not already."""
+    if method.hessian is not None:
+        return method
+
+    def init(d_in: int, d_out: int) -> tuple[Stats, Array]:
+        return method.init(d_in, d_out), jnp.zeros((d_in, d_in), jnp.float32)
+
+    def update(stats: tuple[Stats, Array], batch: LayerBatch) -> tuple[Stats, Array]:
+        return method.update(stats[0], batch), accumulate(stats[1], batch.x)
+
+    def solve(weight: Array, stats: tuple[Stats, Array], spec: QuantSpec) -> QuantizedTensor | Solution:
+        return method.solve(weight, stats[0], spec)
+
+    return method._replace(init=init, update=update, solve=solve, hessian=lambda stats: stats[1])
 
 
 def assemble(

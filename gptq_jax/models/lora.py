@@ -17,10 +17,9 @@ from jaxtyping import Array
 
 from gptq_jax.hooks.low_rank import LORA, LowRank
 from gptq_jax.hooks.nnx import FUSED, Params, kernel_of
-from gptq_jax.matmul import holds_prepared
+from gptq_jax.matmul import Prepared, holds_prepared
 from gptq_jax.models.base import Model, linear_paths
 from gptq_jax.tensor import QuantizedTensor
-from pallas_kernels.api import PreparedWeight
 
 Adapters = dict[str, LowRank]  # by the path of a layer, like "layers.3.self_attn.q_proj"
 
@@ -152,7 +151,7 @@ def _fused_sizes(block: Params) -> dict[str, tuple[int, int]]:
 
 def _shape(block: Params, path: str) -> tuple[int, int] | None:
     """Of the kernel at a path; None where experts are stacked."""
-    kernel: Array | QuantizedTensor | PreparedWeight = kernel_of(block, path)
-    if isinstance(kernel, PreparedWeight):
+    kernel: Array | QuantizedTensor | Prepared = kernel_of(block, path)
+    if isinstance(kernel, Prepared):
         return None if kernel.problem.experts else (kernel.d_in, kernel.d_out)
     return None if len(kernel.shape) > 2 else (kernel.shape[0], kernel.shape[1])

@@ -99,11 +99,12 @@ class DataParallel:
         if self.mesh is None:
             return jax.numpy.asarray(batch)
         if self.parallel == "pmap":
-            # Each process gives pmap what its own devices take.
-            return jax.numpy.asarray(batch.reshape(self.size, -1, *batch.shape[1:])[list(self.here)])
+            batch = batch.reshape(self.size, -1, *batch.shape[1:])
         sharding = NamedSharding(self.mesh, PartitionSpec(AXIS))
         if len(self.here) == self.size:
             return jax.device_put(batch, sharding)
+        if self.parallel == "pmap":  # takes what the devices of this process need
+            return jax.numpy.asarray(batch[list(self.here)])
         return jax.make_array_from_callback(batch.shape, sharding, lambda where: batch[where])
 
     def gather(self, rows: Shaped[Array, "..."]) -> Shaped[np.ndarray, "rows ..."]:

@@ -1,6 +1,7 @@
 """Open any model: a store of this library's, or a float checkpoint read into parameters."""
 
 import re
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from jax.typing import DTypeLike
 
 from gptq_jax.models.base import Architecture, Model
 from gptq_jax.models.registry import architecture_from_config
+from gptq_jax.models.tensor_parallel import Rules
+from gptq_jax.storage.adapted import AdaptedTree
 from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.fields import raise_problems
 from gptq_jax.storage.flax_tree import as_flax_tree, is_flax, open_flax
 from gptq_jax.storage.gguf import GgufFile
 from gptq_jax.storage.orbax_tree import OrbaxTree, is_orbax
 from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
-from gptq_jax.storage.packed.read import read_packed_params
+from gptq_jax.storage.packed.read import describe_packed, read_packed_params
 from gptq_jax.storage.parameters import (
     MISFIT,
     Leaf,
@@ -30,8 +33,15 @@ from gptq_jax.storage.parameters import (
 )
 from gptq_jax.storage.safetensors import SafetensorsDirectory
 from gptq_jax.storage.safetensors_header import first_line
-from gptq_jax.storage.sharding import Placement, as_placement, one_device
-from gptq_jax.storage.store import is_store, load_store
+from gptq_jax.storage.sharding import (
+    MeshPlacement,
+    Placement,
+    PlacementWarning,
+    as_placement,
+    one_device,
+    place_on_mesh,
+)
+from gptq_jax.storage.store import is_store, load_store, read_shapes
 
 ACCEPTED = "a .gguf file, a directory with config.json and safetensors or flax_model.msgpack, or a Hub id like org/name"
 NEEDS_CONFIG = (
@@ -50,6 +60,8 @@ def load(
     *,
     dtype: DTypeLike = "float32",
     sharding: jax.sharding.Sharding | Placement | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: Rules | None = None,
     arch_config: str | PathLike[str] | None = None,
     module: Any = None,
 ) -> Any:
@@ -60,7 +72,10 @@ def load(
             compressed-tensors packed stay packed.
         dtype: of a checkpoint's float parameters: float32 or bfloat16. A saved model keeps its own.
         sharding: where arrays go as they are read: one sharding for all, or a function of an array's name and
-            shape, like `ShardingRules`. None: the first device.
+            shape, like `ShardingRules`. None: the first device, or `mesh`.
+        mesh: devices to cut the model over; each reads its part. `prepare` the model to run it, if it is packed.
+        rules: how: pairs of a regex and a PartitionSpec, as for `place_on_mesh`. None: Megatron-LM's tensor
+            parallelism over the mesh's only axis, or the one called "model"; a warning names what is cut otherwise.
         arch_config: the config.json that says what model it is, for what does not carry one: an Orbax checkpoint of
             parameters, or a file of flax.serialization. A tokenizer is looked for beside it.
         module: the user's own Linen or NNX module (of shapes only, from `nnx.eval_shape`, will do), for a directory
@@ -69,19 +84,43 @@ def load(
     Raises:
         FileNotFoundError: there is no such model.
         CheckpointError: it is damaged or does not fit its config.
-        ValueError: its architecture or `dtype` is not supported.
+        ValueError: its architecture or `dtype` is not supported, or `rules` do not fit it or the mesh.
     """
+    if mesh is not None and sharding is not None:
+        raise ValueError("sharding and mesh both say where arrays go: give one of them.")
+    if mesh is None and rules is not None:
+        raise ValueError("rules cut a model over a mesh: give mesh too.")
     dtype, placement = dtype_name(dtype), as_placement(sharding)
     if is_store(Path(path_or_id)) and arch_config is None:
+        if mesh is not None:
+            stored, shapes, _ = read_shapes(Path(path_or_id))
+            placement = _on_mesh(None if isinstance(stored, AdaptedTree) else stored, shapes, mesh, rules)
         return load_store(path_or_id, placement, module)
     if module is not None:
         raise ValueError(f"{path_or_id} was not written by save, so that module says nothing: use adapt instead.")
     source = open_source(path_or_id, arch_config)
     config = read_architecture(source)
     tokenizer = source.tokenizer()  # before the weights: cheap to find missing or broken
+    if mesh is not None:
+        placement = _on_mesh(config, read_param_shapes(source, config), mesh, rules)
     # The parameters say themselves which grids they have.
     plain = {key: value for key, value in source.config.items() if key not in PACKED_KEYS}
     return Model(config, read_params(source, config, dtype, placement), tokenizer, plain)
+
+
+def _on_mesh(config: Any, shapes: Any, mesh: jax.sharding.Mesh, rules: Rules | None) -> MeshPlacement:
+    placement = place_on_mesh(config, shapes, mesh, rules)
+    if placement.notes:
+        warnings.warn(f"{'; '.join(placement.notes)}.", PlacementWarning, stacklevel=3)
+    return placement
+
+
+def read_param_shapes(source: TensorSource, architecture: Architecture) -> Any:
+    """The parameters as shapes, QuantizedTensors of shapes where the checkpoint packs them; errors as `read_params`."""
+    if (packed := packed_format(source)) is not None:
+        return describe_packed(packed, architecture)[0]
+    leaves_of(source, architecture)  # the number of layers is believable
+    return architecture.abstract_params()
 
 
 def read_architecture(source: TensorSource) -> Architecture:

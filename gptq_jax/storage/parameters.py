@@ -141,8 +141,12 @@ def read_float(source: TensorSource, leaf: Leaf, dtype: str) -> Float[np.ndarray
 
 
 def put(array: Shaped[np.ndarray, "..."], name: str, placement: Placement) -> Shaped[Array, "..."]:
-    """The array on the devices that `placement` gives it by its name in the tree."""
-    return jax.device_put(array, placement(name, array.shape))
+    """The array on the devices that `placement` gives it by its name in the tree; each is sent its part only."""
+    sharding = placement(name, array.shape)
+    if len(sharding.device_set) == 1:
+        return jax.device_put(array, sharding)
+    # Of devices in other processes only the sharding is known here.
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 @lru_cache(maxsize=8)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptq_jax.parallel.hosts import on_first, spread, wait_for_all
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.base import CheckpointError
 from gptq_jax.storage.directory import STORE_MARK as MANIFEST
@@ -70,7 +71,9 @@ def prefix_of(part: str) -> str:
 
 
 def write_part(directory: Path, part: str, params: Any) -> Part:
-    """Write one part to a new directory; sharded arrays are gathered on the host, so that the files tell no devices.
+    """Write one part to a new directory.
+
+    One process gathers sharded arrays on the host, so that the files tell no devices; of several, each writes some.
 
     Args:
         directory: to make.
@@ -78,17 +81,20 @@ def write_part(directory: Path, part: str, params: Any) -> Part:
         params: the tree, with QuantizedTensors.
     """
     import orbax.checkpoint as ocp
+    from etils import epath
 
     prefix = prefix_of(part)
-    arrays = jax.tree.map(np.asarray, unpacked(params))
-    directory.mkdir(parents=True)
+    several = jax.process_count() > 1
+    arrays = spread(unpacked(params)) if several else jax.tree.map(np.asarray, unpacked(params))
+    on_first(lambda: directory.mkdir(parents=True))
     if jax.tree.leaves(arrays):  # Orbax takes no empty tree
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)
         try:
-            handler.save(directory, args=ocp.args.PyTreeSave(arrays))
+            handler.save(epath.Path(directory), args=ocp.args.PyTreeSave(arrays))
         finally:
             handler.close()
-    files = file_entries((file for file in directory.rglob("*") if file.is_file()), directory)
+    wait_for_all(f"{part} is written")
+    files = on_first(lambda: file_entries((file for file in directory.rglob("*") if file.is_file()), directory))
     return Part(
         quantized={prefix + path: asdict(tensor.spec) for path, tensor in packed_layers(params).items()},
         dtypes={prefix + name_of(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(arrays)},

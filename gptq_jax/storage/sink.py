@@ -13,11 +13,13 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.models.base import Architecture
+from gptq_jax.parallel.hosts import is_first, on_first
 from gptq_jax.report import LayerReport, Report, layer_report
 from gptq_jax.storage.base import CheckpointError
 from gptq_jax.storage.directory import (
@@ -83,9 +85,12 @@ class StoreSink:
         self.settings, self._on_open = dict(settings or {}), on_open
         self.unfinished = beside(self.path, "unfinished")
         self._blocks = model.config.abstract_params()["layers"]
-        there = sum(file.stat().st_size for file in self.unfinished.rglob("*") if file.is_file())
-        check_target(self.path, overwrite=overwrite, nbytes=max(nbytes - there, 0))
         self._lock: Any = None
+        on_first(partial(self._check, nbytes))
+
+    def _check(self, nbytes: int) -> None:
+        there = sum(file.stat().st_size for file in self.unfinished.rglob("*") if file.is_file())
+        check_target(self.path, overwrite=self.overwrite, nbytes=max(nbytes - there, 0))
 
     def open(self, run: Mapping[str, Any]) -> int:
         """Begin a run, or go on with it.
@@ -103,14 +108,17 @@ class StoreSink:
         self.close()
         settings = {**run.get("settings", {}), **self.settings}
         run = json.loads(json.dumps({**run, "settings": settings}))  # as it will be read
+        stored = on_first(lambda: self._open(run))
+        if self._on_open is not None and is_first():
+            self._on_open(stored, len(self._blocks))
+        return stored
+
+    def _open(self, run: Mapping[str, Any]) -> int:
         self._lock = acquire(self.path)
         try:
             if self.restart or not self._goes_on(run):
                 self._begin(run)
-            stored = self._stored()
-            if self._on_open is not None:
-                self._on_open(stored, len(self._blocks))
-            return stored
+            return self._stored()
         except BaseException:
             self.close()
             raise
@@ -139,13 +147,19 @@ class StoreSink:
             ValueError: a block is missing.
             FileExistsError: something has come there since the run began, and may not be replaced.
         """
-        if (stored := self._stored()) != len(self._blocks):
+        stored = on_first(self._stored)
+        if stored != len(self._blocks):
             raise ValueError(f"{stored} of {len(self._blocks)} blocks are stored: write the others before finish.")
-        store = self.unfinished / "store"
         for name in ("embed", "head"):
-            if not self._is_stored(name):
+            if not on_first(partial(self._is_stored, name)):
                 self._write(name, self.model.params[name], [])
-        names = ["embed", *(f"layers.{index}" for index in range(stored)), "head"]
+        on_first(lambda: self._complete(report))
+        self.close()
+        return self.path
+
+    def _complete(self, report: Report) -> None:
+        store = self.unfinished / "store"
+        names = ["embed", *(f"layers.{index}" for index in range(len(self._blocks))), "head"]
         parts = [self._entries(name)[0] for name in names]
         report = replace(report, settings={**report.settings, **self.settings})
         complete(store, parts, source=self.model.source, report=report.to_json(), tokenizer=self.model.tokenizer)
@@ -153,8 +167,6 @@ class StoreSink:
         check_target(self.path, overwrite=self.overwrite)
         take_place(store, self.path)
         discard(self.unfinished)
-        self.close()
-        return self.path
 
     def kept(self) -> str:
         """What an interrupted run leaves, in words."""
@@ -217,15 +229,19 @@ class StoreSink:
         return (self.unfinished / "store" / ARRAYS / name).is_dir()
 
     def _write(self, name: str, params: Params, layers: list[LayerReport]) -> None:
-        store, writing = self.unfinished / "store", self.unfinished / "writing"
-        discard(writing)
+        writing = self.unfinished / "writing"
+        on_first(lambda: discard(writing))
         entries = write_part(writing, name, params)
-        sync_tree(writing)
         # First this, of which nothing is believed until the part has its name.
         description = {**asdict(entries), "layers": [asdict(layer) for layer in layers]}
+        on_first(lambda: self._keep(name, description))
+
+    def _keep(self, name: str, description: Mapping[str, Any]) -> None:
+        writing, arrays = self.unfinished / "writing", self.unfinished / "store" / ARRAYS
+        sync_tree(writing)
         put_json(self.unfinished / "blocks" / f"{name}.json", description)
-        os.rename(writing, store / ARRAYS / name)
-        sync(store / ARRAYS)
+        os.rename(writing, arrays / name)
+        sync(arrays)
 
     def _entries(self, name: str) -> tuple[Part, list[LayerReport]]:
         file = self.unfinished / "blocks" / f"{name}.json"

@@ -167,6 +167,20 @@ def test_flax_and_orbax_models(tmp_path, hf_model, text):
     assert "takes no arch_config" in fails("quantize", hf_model, *arguments, "--overwrite")
 
 
+def test_a_rewrite_before_a_method(tmp_path, hf_model, text):
+    """The stored model is the rewritten one: its head is not the embedding now, its logits are nearly the same."""
+    options = ("--calibration", text, "--samples", 2, "--length", 24, "--bits", 8, "--group-size", 16)
+    done = run("quantize", hf_model, "--out", tmp_path / "out", "--method", "hadamard+rtn", *options, "--json")
+    assert done.exit_code == 0, done.stderr
+    assert {"rewrite": "hadamard", "rotation_seed": 0}.items() <= json.loads(done.stdout)["settings"].items()
+    stored, float_model = gptq_jax.load(tmp_path / "out"), gptq_jax.load(hf_model)
+    assert float_model.config.tie_embeddings
+    assert not stored.config.tie_embeddings
+    tokens = np.arange(20, dtype=np.int32)[None]
+    expected = np.asarray(float_model(tokens))
+    assert np.abs(np.asarray(stored(tokens)) - expected).max() < 0.05 * np.abs(expected).max()
+
+
 def test_a_method_of_ones_own(tmp_path, hf_model, text):
     out = tmp_path / "out"
     arguments = ("quantize", hf_model, "--out", out, "--calibration", text, *QUICK, "--skip", "mlp")
@@ -191,7 +205,7 @@ def test_a_method_of_ones_own(tmp_path, hf_model, text):
         (("--override", "q=bits:5"), "override 'q': bits=5 is not supported"),
         (("--override", "q=group_size:0"), "override 'q': group_size=0"),
         (("--override", "nothing=bits:3"), "no layer matches 'nothing'"),
-        (("--method", "best"), "--method 'best' is none of gptq, rtn, nor module:factory"),
+        (("--method", "best"), "--method 'best' is none of gptq, rtn, .*, nor module:factory"),
         (("--method", "own_methods:absent"), "'own_methods' has no function 'absent'"),
         (("--method", "own_methods:no_method"), "gave int, but must give a gptq_jax.Method"),
         (("--method", "no_such_module:x"), "No module named 'no_such_module'"),

@@ -11,8 +11,9 @@ LEVELS = {
     1: ("gptq_jax.tensor",),
     2: ("gptq_jax.grids", "gptq_jax.hessian", "gptq_jax.matmul"),
     3: ("gptq_jax.hooks",),
-    4: ("gptq_jax.methods", "gptq_jax.models"),
+    4: ("gptq_jax.methods", "gptq_jax.models", "gptq_jax.rewrites"),
     5: (
+        "gptq_jax.by_name",
         "gptq_jax.report",
         "gptq_jax.storage",
         "gptq_jax.calibration",
@@ -31,17 +32,25 @@ LEVELS = {
         "gptq_jax.inspection",
         "gptq_jax.terminal",
     ),
-    7: ("gptq_jax.bench", "gptq_jax.demo", "gptq_jax.planning", "gptq_jax.cli"),
+    7: (
+        "gptq_jax.bench",
+        "gptq_jax.comparison",
+        "gptq_jax.demo",
+        "gptq_jax.harness",
+        "gptq_jax.planning",
+        "gptq_jax.cli",
+    ),
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 SAME_LEVEL = {  # what may be imported beside a file on its own level: an order inside it
+    "gptq_jax.rewrites": {"gptq_jax.methods", "gptq_jax.models"},
     "gptq_jax.spec": {"pallas_kernels"},
-    "gptq_jax.storage": {"gptq_jax.report"},
+    "gptq_jax.storage": {"gptq_jax.parallel", "gptq_jax.report"},
     "gptq_jax.observe": {"gptq_jax.stream"},
     "gptq_jax.block": {"gptq_jax.observe", "gptq_jax.stream"},
     "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
     "gptq_jax.planning": {"gptq_jax.bench"},
-    "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.demo", "gptq_jax.planning"},
+    "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.comparison", "gptq_jax.demo", "gptq_jax.harness", "gptq_jax.planning"},
 }
 FILES = sorted(file for package in ("gptq_jax", "pallas_kernels") for file in (ROOT / package).rglob("*.py"))
 

@@ -9,11 +9,11 @@ import pytest
 from own_methods import clip_search
 
 from gptq_jax.hooks.experts import route
-from gptq_jax.methods.base import LayerBatch
+from gptq_jax.methods.base import LayerBatch, with_hessian
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.methods.rtn import rtn
 from gptq_jax.spec import QuantSpec
-from gptq_jax.statistics import ExpertStats, init_experts, solve_experts, update_experts, with_hessian
+from gptq_jax.statistics import ExpertStats, init_experts, solve_experts, update_experts
 
 EXPERTS, TOP_K, D_IN, D_OUT, TOKENS = 6, 2, 24, 16, 70
 SPEC = QuantSpec(bits=3, group_size=8, symmetric=False)

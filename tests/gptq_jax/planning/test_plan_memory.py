@@ -32,7 +32,7 @@ def test_solving_takes_what_xla_says(d_in, d_out):
     # Newer compilers need less; no more than a tenth above the plan, nor a quarter below it.
     solving = temporaries(solve_layer, weight, hessian, QuantSpec(), GPTQOptions())
     assert 0.75 < solving / solve_bytes(d_in, d_out) < 1.1
-    measuring = temporaries(_losses, weight, tensor, hessian, QuantSpec())
+    measuring = temporaries(_losses, QuantSpec(), weight, tensor, hessian)
     assert 0.75 < measuring / measure_bytes(d_in, d_out) < 1.1
 
 

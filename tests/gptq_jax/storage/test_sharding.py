@@ -108,7 +108,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 tree = ocp.PyTreeCheckpointer().restore(sys.argv[1])
-kernel = tree["layers"][0]["mlp"]["down_proj"]["kernel"]
+kernel = tree["mlp"]["down_proj"]["kernel"]
 words = np.asarray(kernel["codes"])
 codes = (words[:, None] >> np.arange(0, 32, 4, dtype=np.uint32)[:, None] & 15).reshape(-1, words.shape[1])
 group = np.arange(len(codes)) // 32
@@ -118,7 +118,7 @@ np.testing.assert_array_equal(weight, np.load(sys.argv[2]))
 assert not any(name.startswith(("gptq_jax", "pallas_kernels")) for name in sys.modules)
 """
     result = subprocess.run(
-        [sys.executable, "-c", child, str(tmp_path / "store/arrays"), str(tmp_path / "weight.npy")],
+        [sys.executable, "-c", child, str(tmp_path / "store/arrays/layers.0"), str(tmp_path / "weight.npy")],
         capture_output=True,
         text=True,
         timeout=300,

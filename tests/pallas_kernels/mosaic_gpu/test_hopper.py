@@ -39,27 +39,29 @@ AXES: dict[str, tuple[Any, ...]] = {
     "permuted": (False, True),
     "dtype": ("bfloat16", "float16"),
 }
+# One shape, with a number of tokens for each of the two kernels.
+GRIDS = {**AXES, "tokens": (17, 130), "shape": ("smollm2.k",)}
 EPSILON = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
-def covering(axes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Few combinations that hold every pair of values of every two axes."""
+def covering(axes: dict[str, tuple[Any, ...]], together: int = 2) -> list[tuple[Any, ...]]:
+    """Few combinations that hold every pair of values of every two axes, or more than two at a time."""
 
-    def pairs(case: tuple[Any, ...]) -> set[Any]:
-        return set(itertools.combinations(zip(axes, case, strict=True), 2))
+    def held(case: tuple[Any, ...]) -> set[Any]:
+        return set(itertools.combinations(zip(axes, case, strict=True), together))
 
     missing = {
-        ((one, a), (other, b))
-        for one, other in itertools.combinations(axes, 2)
-        for a, b in itertools.product(axes[one], axes[other])
+        tuple(zip(names, values, strict=True))
+        for names in itertools.combinations(axes, together)
+        for values in itertools.product(*(axes[name] for name in names))
     }
     draw, chosen = random.Random(0), []
     while missing:
         drawn = (tuple(draw.choice(values) for values in axes.values()) for _ in range(200))
-        best = max(drawn, key=lambda case: len(pairs(case) & missing))
-        if pairs(best) & missing:
+        best = max(drawn, key=lambda case: len(held(case) & missing))
+        if held(best) & missing:
             chosen.append(best)
-            missing -= pairs(best)
+            missing -= held(best)
     return chosen
 
 
@@ -116,14 +118,9 @@ def test_product(tokens: int, shape: str, bits: int, group_size: int, zeros: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", AXES["dtype"])
-@pytest.mark.parametrize("permuted", AXES["permuted"])
-@pytest.mark.parametrize("zeros", AXES["zeros"])
-@pytest.mark.parametrize("group_size", AXES["group_size"])
-@pytest.mark.parametrize("bits", AXES["bits"])
-@pytest.mark.parametrize("tokens", [17, 130])
-def test_every_grid(tokens: int, bits: int, group_size: int, zeros: str, permuted: bool, dtype: str) -> None:
-    check_product(tokens, "smollm2.k", bits, group_size, zeros, permuted, dtype)
+@pytest.mark.parametrize(tuple(GRIDS), covering(GRIDS, together=3))
+def test_grids(tokens: int, shape: str, bits: int, group_size: int, zeros: str, permuted: bool, dtype: str) -> None:
+    check_product(tokens, shape, bits, group_size, zeros, permuted, dtype)
 
 
 @pytest.mark.parametrize(

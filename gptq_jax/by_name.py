@@ -1,0 +1,62 @@
+"""Methods by the names that a command line gives them."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gptq_jax.methods import METHODS, Method, coordinate_descent, qep
+from gptq_jax.rewrites import REWRITES
+
+# Methods that take the one they go around.
+AROUND: Mapping[str, Callable[..., Method]] = {"qep": qep, "descent": coordinate_descent}
+
+
+def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = None) -> Method:
+    """The method called `name`, alone or with others around it, the outermost first: "hadamard+qep+descent+gptq".
+
+    Args:
+        name: the last is in METHODS, or `module:factory`, which returns a method; those before it are in AROUND or
+            REWRITES. "qep" alone goes around gptq.
+        options: that the last is called with.
+        alpha: of qep or gptaq; None for their own.
+
+    Raises:
+        ValueError: there is no such method, the factory returns none, or nothing takes `alpha`.
+        ImportError: the module cannot be imported.
+    """
+    *outer, inner = name.split("+")
+    if inner in AROUND:
+        outer, inner = [*outer, inner], "gptq"
+    if unknown := [part for part in outer if part not in AROUND and part not in REWRITES]:
+        raise ValueError(f"--method {name!r}: {unknown[0]!r} is none of {', '.join((*AROUND, *REWRITES))}.")
+    if alpha is not None and "qep" not in outer and inner != "gptaq":
+        raise ValueError(f"--alpha {alpha} goes with qep or gptaq, not with --method {name!r}.")
+    method = _innermost(inner, {**options, "alpha": alpha} if alpha is not None and inner == "gptaq" else options)
+    for part in reversed(outer):
+        if part in REWRITES:
+            if method.rewrite is not None:
+                raise ValueError(f"--method {name!r} rewrites the model twice: leave out {part!r} or the other.")
+            method = method._replace(rewrite=REWRITES[part]())
+        else:
+            method = AROUND[part](method, **({"alpha": alpha} if part == "qep" and alpha is not None else {}))
+    return method
+
+
+def _innermost(name: str, options: Mapping[str, Any]) -> Method:
+    module_name, separator, factory_name = name.partition(":")
+    if not separator:
+        if name not in METHODS:
+            raise ValueError(f"--method {name!r} is none of {', '.join(METHODS)}, nor module:factory.")
+        return METHODS[name](**options)
+    if os.getcwd() not in sys.path:  # a console script's path begins with its own folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (AttributeError, ValueError):
+        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.") from None
+    method = factory(**options) if callable(factory) else factory
+    if not isinstance(method, Method):
+        raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
+    return method

@@ -1,0 +1,109 @@
+"""Scaled models give the outputs they gave; scales are those of the papers; rounding loses less for them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from architecture_models import float_case
+from tiny_quantization import BATCHES, float_model
+
+from gptq_jax.calibration import Batch
+from gptq_jax.methods import rtn
+from gptq_jax.methods.rtn import round_to_nearest
+from gptq_jax.pipeline import quantize
+from gptq_jax.rewrites import awq, smooth
+from gptq_jax.rewrites.scaling import InputStats, migrate, scaling_groups, search
+from gptq_jax.spec import QuantSpec, SpecRules
+
+TOKENS = np.random.default_rng(0).integers(3, 48, (2, 12), dtype=np.int32)
+MASK = np.arange(12) >= np.array([[0], [5]])
+RULES = SpecRules(default=QuantSpec(bits=3, group_size=16))
+
+
+@pytest.mark.parametrize(
+    ("case", "sources"),
+    [
+        ("untied_mha", ["attention_norm", "mlp_norm", "value", "up"]),
+        ("tied_gqa", ["attention_norm", "mlp_norm", "up"]),
+        ("opt", ["attention_norm", "mlp_norm", "value", "up"]),
+        ("phi3", ["attention_norm", "mlp_norm", "gate_up"]),
+        ("gptj", ["attention_norm", "value"]),
+        ("gemma", ["attention_norm", "mlp_norm", "up"]),
+        ("mixtral", ["attention_norm"]),
+    ],
+)
+def test_models_give_the_same_logits(case, sources, tmp_path):
+    model = float_model(case=case, layers=1) if case in ("untied_mha", "tied_gqa") else float_case(case, tmp_path)
+    config = model.config.of_kind(model.config.layer_kind(0))
+    assert [group.source for group in scaling_groups(config)] == sources
+    scaled = smooth().apply(model, [Batch(TOKENS, MASK)], RULES)
+    expected = model(TOKENS)
+    np.testing.assert_allclose(scaled(TOKENS), expected, atol=2e-5 * float(np.abs(expected).max()))
+    norm = config.names.attention_norm
+    before, after = (
+        m.params["layers"][0][norm]["scale"] if norm in m.params["layers"][0] else None for m in (model, scaled)
+    )
+    assert before is None or not np.allclose(before, after, rtol=0.01)
+
+
+def layer(seed=0):
+    """A weight in two kernels, and inputs of which some are much stronger."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(200, 32)) * np.exp(rng.normal(size=32))
+    kernels = [rng.normal(size=(32, width)).astype(np.float32) for width in (12, 20)]
+    stats = InputStats(*(jnp.asarray(a, jnp.float32) for a in (np.abs(x).sum(0), np.abs(x).max(0), x.T @ x)))
+    return x, kernels, stats
+
+
+def test_awq_finds_the_power_that_a_search_on_outputs_finds():
+    x, kernels, stats = layer()
+    spec = QuantSpec(bits=3, group_size=16, symmetric=False)
+    losses, candidates = [], []
+    for step in range(20):
+        scales = np.abs(x).mean(0) ** (step / 20)
+        scales /= np.sqrt(scales.max() * scales.min())
+        rounded = [
+            np.asarray(round_to_nearest(jnp.asarray(k * scales[:, None], jnp.float32), spec).dequantize())
+            for k in kernels
+        ]
+        losses.append(sum(np.sum((x @ (k - r / scales[:, None])) ** 2) for k, r in zip(kernels, rounded, strict=True)))
+        candidates.append(scales)
+    found = search(tuple(map(jnp.asarray, kernels)), (spec, spec), stats, steps=20)
+    np.testing.assert_allclose(found, candidates[int(np.argmin(losses))], rtol=1e-4)
+    assert min(losses) < 0.8 * losses[0]
+
+
+def test_layers_that_stay_float_have_no_say():
+    _, kernels, stats = layer()
+    spec = QuantSpec(bits=3, group_size=16)
+    alone = search((jnp.asarray(kernels[0]),), (spec,), stats, steps=20)
+    beside = search(tuple(map(jnp.asarray, kernels)), (spec, None), stats, steps=20)
+    np.testing.assert_array_equal(alone, beside)
+
+
+def test_smooth_scales_are_the_papers():
+    x, kernels, stats = layer()
+    weights = np.abs(np.concatenate(kernels, axis=1)).max(1)
+    expected = np.abs(x).max(0) ** 0.3 / weights**0.7
+    found = migrate(tuple(map(jnp.asarray, kernels)), (None, None), stats, alpha=0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    silent = stats._replace(peak=stats.peak.at[3].set(0.0))
+    assert float(migrate(tuple(map(jnp.asarray, kernels)), (None, None), silent, alpha=0.3)[3]) == 1.0
+
+
+def test_rounding_a_rewritten_model_loses_less_and_the_report_says_what_was_done():
+    model, spec = float_model(layers=1), QuantSpec(bits=3, group_size=16, symmetric=False)
+    _, plain = quantize(model, BATCHES, spec, rtn())
+    scaled, report = quantize(model, BATCHES, spec, rtn()._replace(rewrite=awq()))
+    assert scaled.params["layers"][0]["mlp"]["up_proj"]["kernel"].spec.bits == 3
+    # Those of the first input, which nothing before it has changed.
+    own, others = (sum(layer.loss for layer in found.layers[:3]) for found in (report, plain))
+    assert own < others
+    assert {"method": "rtn", "rewrite": "awq", "awq_steps": 20}.items() <= report.settings.items()
+
+
+def test_bad_options_and_models_are_named():
+    for make, message in ((lambda: awq(0), "steps=0"), (lambda: smooth(2.0), r"alpha=2\.0")):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match="not a supplied decoder"):
+        awq().apply(object(), (), RULES)

@@ -1,0 +1,33 @@
+"""Names of methods, alone and around one another."""
+
+import pytest
+
+from gptq_jax.by_name import make_method
+from gptq_jax.methods import coordinate_descent, gptaq, gptq, qep, rtn
+
+
+def test_names_compose_from_the_outside_in():
+    assert make_method("rtn", {"grid": "mse"}) is rtn(grid="mse")
+    assert make_method("qep", {"order": "natural"}) is qep(gptq(order="natural"))
+    assert make_method("qep+descent+gptq", {}, alpha=0.75) is qep(coordinate_descent(gptq()), alpha=0.75)
+    assert make_method("descent+rtn", {}) is coordinate_descent(rtn())
+    assert make_method("gptaq", {}, alpha=0.5) is gptaq(alpha=0.5)
+    found = make_method("awq+rtn", {})
+    assert found.rewrite.name == "awq"
+    assert found._replace(rewrite=None) == rtn()
+    assert make_method("hadamard+qep+own_methods:clip_search", {}).rewrite.name == "hadamard"
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "message"),
+    [
+        ("best", None, "'best' is none of gptq"),
+        ("best+gptq", None, "'best' is none of qep, descent, hadamard"),
+        ("awq+hadamard+rtn", None, "rewrites the model twice"),
+        ("gptq", 0.5, "--alpha 0.5 goes with qep or gptaq"),
+        ("qep+gptaq", None, "makes up for earlier layers itself"),
+    ],
+)
+def test_what_cannot_be_is_named(name, alpha, message):
+    with pytest.raises(ValueError, match=message):
+        make_method(name, {}, alpha=alpha)
