@@ -1,8 +1,9 @@
 """Kill a quantization with SIGKILL at random moments, start it again, and compare what comes of it with a run in peace.
 
-A moment is a random time after one of the run's steps (its first trace, a block stored, the head, the manifest), so that
-they are spread over the run however fast the machine is at the time. Every second run replaces an older store. After each kill the target must be as it was before or complete; after the
-same command again it must hold the same files, byte for byte, with nothing left beside it. Exit code 1 if one differs.
+A moment is a random time after one of the run's steps (its first trace, a block stored, the head, the manifest), so
+that they are spread over the run however fast the machine is at the time. Every second run replaces an older store.
+After each kill the target must be as it was before or complete; after the same command again it must hold the same
+files, byte for byte, with nothing left beside it. Exit code 1 if one differs.
 """
 
 import argparse
