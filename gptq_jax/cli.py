@@ -144,6 +144,7 @@ def quantize(
 
     from gptq_jax.by_name import AROUND, make_method
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
+    from gptq_jax.heap import give_back_large_arrays
     from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
     from gptq_jax.parallel.hosts import is_first
@@ -169,6 +170,7 @@ def quantize(
         options["grid"] = str(grid or GridName.ldl)
     elif last in METHODS:
         options["grid"] = str(grid or GridName.minmax)
+    give_back_large_arrays()
     chosen = make_method(method, options, alpha=alpha)
     check_target(out, overwrite=overwrite)
     with console.status(f"reading {escape(calibration)}"):

@@ -177,8 +177,10 @@ class StoreSink:
         )
 
     def close(self) -> None:
-        """Let others write there; what is stored stays, to be gone on with."""
+        """Let others write there; blocks that are stored stay, to be gone on with."""
         if self._lock is not None:
+            if not self._stored():
+                discard(self.unfinished)
             release(self._lock)
             self._lock = None
 

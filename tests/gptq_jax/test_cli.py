@@ -396,7 +396,8 @@ def test_an_interrupt_leaves_no_output(tmp_path, hf_model, text, sent):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.rstrip().split("\n")[-1] == "interrupted: nothing half-written is left."
+    last = f"interrupted: no block was done, and nothing is at {tmp_path / 'out'}."
+    assert errors.rstrip().split("\n")[-1] == last
     assert "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} <= {"waiting.py", "working", "__pycache__"}
 

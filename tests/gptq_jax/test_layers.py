@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LEVELS = {
-    0: ("pallas_kernels", "gptq_jax.spec", "gptq_jax.cache", "gptq_jax.options"),
+    0: ("pallas_kernels", "gptq_jax.spec", "gptq_jax.heap", "gptq_jax.cache", "gptq_jax.options"),
     1: ("gptq_jax.tensor",),
     2: ("gptq_jax.grids", "gptq_jax.hessian", "gptq_jax.matmul"),
     3: ("gptq_jax.hooks",),

@@ -21,6 +21,7 @@ from gptq_jax import CheckpointError, QuantSpec, load, save
 from gptq_jax.inspection import inspect_model
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.storage.load import open_source
+from gptq_jax.storage.parts import unpacked
 
 # What Orbax had begun to read when a damaged file stopped it ends late.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -111,9 +112,10 @@ def test_bfloat16(tmp_path, own):
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
 
-def test_a_float_store_is_such_a_checkpoint_too(tmp_path):
+def test_a_part_of_a_store_is_no_model(tmp_path):
     save(load(ORACLES / "llama"), tmp_path / "store")
-    check(tmp_path / "store" / "arrays")
+    with pytest.raises(CheckpointError, match=r"arrays: is part of a directory that .* wrote: load .*store\.$"):
+        load(tmp_path / "store" / "arrays", arch_config=CONFIG)
 
 
 def test_the_tokenizer_lies_beside_the_config(tmp_path, own):
@@ -193,8 +195,9 @@ def test_packed_weights(tmp_path):
     projection = params["layers"][0]["mlp"]["up_proj"]
     projection["kernel"] = round_to_nearest(projection["kernel"], QuantSpec(group_size=8))
     save(replace(model, params=params), tmp_path / "store")
+    write(tmp_path / "packed", unpacked(params))
     with pytest.raises(CheckpointError, match="holds packed weights: load the directory that"):
-        load(tmp_path / "store" / "arrays", arch_config=CONFIG)
+        load(tmp_path / "packed", arch_config=CONFIG)
     with pytest.raises(CheckpointError, match=r"takes no arch_config \(--arch-config\)"):
         load(tmp_path / "store", arch_config=CONFIG)
 

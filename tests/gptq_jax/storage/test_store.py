@@ -18,6 +18,7 @@ from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage import CheckpointError, directory, load, save, store
 from gptq_jax.storage import manifest as manifest_of
+from gptq_jax.storage.parts import unpacked
 from gptq_jax.tensor import QuantizedTensor
 
 
@@ -401,3 +402,38 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="has 1 MiB free"):
         save(float_model(layers=1), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_two_saves_are_the_same_bytes(stored, tmp_path, monkeypatch):
+    import time
+
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    model = replace(rounded(symmetric=False), tokenizer=byte_tokenizer())
+    save(replace(model, report={**model.report, "seconds": {"solve": 3.0}, "peak_bytes": 5}), tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(stored)
+
+
+def test_sharded_arrays_make_the_same_bytes(tmp_path):
+    model = float_model(layers=1)
+    save(model, tmp_path / "one")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("model",))
+    over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    save(replace(model, params=jax.device_put(model.params, over)), tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_stores_of_version_1_are_read(tmp_path):
+    """All arrays in one checkpoint, as Orbax's own Checkpointer writes it."""
+    import orbax.checkpoint as ocp
+
+    model = rounded(symmetric=False)
+    save(model, tmp_path / "old")
+    shutil.rmtree(tmp_path / "old" / "arrays")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "old" / "arrays", unpacked(model.params))
+    manifest = json.loads((tmp_path / "old" / "gptq_jax.json").read_text())
+    arrays = [file for file in (tmp_path / "old" / "arrays").rglob("*") if file.is_file()]
+    entries = {name: entry for name, entry in manifest["files"].items() if not name.startswith("arrays/")}
+    manifest |= {"version": 1, "files": {**entries, **manifest_of.file_entries(arrays, tmp_path / "old")}}
+    resign(tmp_path / "old", manifest)
+    check_same(model, load(tmp_path / "old"))
