@@ -25,6 +25,7 @@ from gptq_jax.storage.peft import load_lora, save_lora
 from gptq_jax.storage.sharding import ShardingRules
 
 # the whole job
+from gptq_jax.allocation import allocate_bits
 from gptq_jax.calibration import calibration_batches
 from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
 from gptq_jax.evaluate import Reference, compare, perplexity
@@ -53,6 +54,7 @@ __all__ = [
     "SpecRules",
     "StoreSink",
     "adapt",
+    "allocate_bits",
     "awq",
     "calibration_batches",
     "compare",

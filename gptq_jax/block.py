@@ -107,7 +107,7 @@ def quantize_block(task: BlockTask, done: Callable[[LayerReport], None]) -> Para
             clock=task.clock,
         )
         for group, said in zip(stage, observed, strict=True):
-            for path, tensor, report in _solve(task, working, group, said):
+            for path, tensor, report in solve_group(task, working, group, said):
                 dtype = kernel_of(working, path).dtype
                 packed = with_kernel(packed, path, tensor)
                 working = with_kernel(working, path, tensor.dequantize(dtype))
@@ -136,7 +136,7 @@ def replay_block(task: BlockTask, packed: Params) -> None:
     task.leave(ways)
 
 
-def _solve(
+def solve_group(
     task: BlockTask, params: Params, group: tuple[str, ...], observed: Observed
 ) -> Iterator[tuple[str, QuantizedTensor, LayerReport]]:
     """The packed kernels of layers with one input, solved as one wherever their grids are the same."""

@@ -76,6 +76,14 @@ def quantize(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The directory to write.")],
     bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            metavar="3.5",
+            help="In place of --bits: so many bits per weight in all, scales and zeros counted; each layer gets 2, 3, "
+            "4 or 8, where they serve best. Takes a pass of its own through the model, again after an interruption.",
+        ),
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = 128,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
     method: Annotated[
@@ -142,6 +150,7 @@ def quantize(
     """
     from dataclasses import replace
 
+    from gptq_jax.allocation import allocate_bits
     from gptq_jax.by_name import AROUND, make_method
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
     from gptq_jax.heap import give_back_large_arrays
@@ -155,7 +164,7 @@ def quantize(
     from gptq_jax.storage.load import load
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
-    from gptq_jax.terminal import console, escape, layer_progress, note, summarize
+    from gptq_jax.terminal import console, count_progress, escape, layer_progress, note, summarize
 
     _join(coordinator, process_id, processes)
     rules = SpecRules(
@@ -184,6 +193,20 @@ def quantize(
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
             whole = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
             source, chosen = rewritten(whole, fit, rules, chosen)
+    if target_bpw is not None:
+        with count_progress("measuring candidates") as on_candidate:
+            rules = allocate_bits(
+                source,
+                fit,
+                target_bpw,
+                spec=rules,
+                method=chosen,
+                min_expert_tokens=min_expert_tokens,
+                devices=devices,
+                activations=activations,
+                on_candidate=on_candidate,
+            )
+        specs = layer_specs(source, rules)
     settings = {
         "method": method,
         "model": model,
@@ -191,6 +214,7 @@ def quantize(
         "samples": samples,
         "length": length,
         "seed": seed,
+        **({} if target_bpw is None else {"target_bpw": target_bpw}),
     }
 
     def opened(there: int, blocks: int) -> None:

@@ -117,7 +117,7 @@ def quantize(
     """
     if method is not None and method.rewrite is not None:
         model, method = rewritten(model, batches, spec, method)
-    job = _job(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
+    job = job_for(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
     check_weights(model)
     return _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
 
@@ -161,7 +161,7 @@ def quantize_blocks(
             f"method {method.name!r} has the rewrite {method.rewrite.name!r}, which needs the whole model in memory: "
             "load it, and quantize what `rewritten` returns."
         )
-    job = _job(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
+    job = job_for(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
     there = sink.open(job.description(source.identity()))
     return _run(job, sink, there, budget=STREAMED_BYTES, activations=activations, on_layer=on_layer)
 
@@ -176,7 +176,7 @@ def rewritten(
         method: with a rewrite.
     """
     assert method.rewrite is not None
-    job = _job(model, batches, spec, method, True, None, 1)  # what is wrong with them is said before the work
+    job = job_for(model, batches, spec, method, True, None, 1)  # what is wrong with them is said before the work
     check_weights(model)
     model = method.rewrite.apply(model, job.batches, job.rules)
     settings = (*method.settings, ("rewrite", method.rewrite.name), *method.rewrite.settings)
@@ -184,7 +184,7 @@ def rewritten(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
+class Job:
     """What is to be done, checked as far as that can be before the long work."""
 
     calibration: Calibration
@@ -223,6 +223,15 @@ class _Job:
             clock=clock,
         )
 
+    def open_streams(self, budget: int, directory: str | PathLike[str] | None = None) -> list[Stream]:
+        """The calibration before the first block, once for each way through it; `budget` bytes are shared by all."""
+        count = 2 if self.method.needs_float_inputs else 1
+        shapes = [str(jax.tree.map(np.shape, batch.tokens)) for batch in self.batches]
+        return [
+            open_stream(self.calibration, shapes, self.parallel, budget=budget // count, directory=directory)
+            for _ in range(count)
+        ]
+
     def description(self, model: Mapping[str, str]) -> dict[str, Any]:
         """Everything that the result depends on, as plain data."""
         from gptq_jax import __version__
@@ -237,7 +246,7 @@ class _Job:
         }
 
 
-def _job(
+def job_for(
     source: BlockSource,
     batches: Sequence[Any],
     spec: QuantSpec | SpecRules | None,
@@ -245,7 +254,8 @@ def _job(
     true_sequential: bool,
     min_expert_tokens: int | None,
     devices: int | Sequence[jax.Device] | None,
-) -> _Job:
+) -> Job:
+    """Check what is asked for; arguments and errors as for `quantize_blocks`."""
     rules = spec if isinstance(spec, SpecRules) else SpecRules(default=spec or QuantSpec())
     rules = replace(rules, default=replace(rules.default, scale_dtype=rules.default.scale_dtype or "float16"))
     if min_expert_tokens is not None and min_expert_tokens < 0:
@@ -258,7 +268,7 @@ def _job(
         raise ValueError(QUANTIZED)
     pairs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]
     calibration = source.calibration([batch.tokens for batch in pairs], [batch.mask for batch in pairs])
-    return _Job(
+    return Job(
         calibration=calibration,
         batches=pairs,
         rules=rules,
@@ -271,7 +281,7 @@ def _job(
 
 
 def _run(
-    job: _Job,
+    job: Job,
     sink: BlockSink,
     there: int,
     *,
@@ -290,13 +300,8 @@ def _run(
     clock, blocks = Clock(), job.calibration.blocks
     streams: list[Stream] = []
     if there < len(blocks):
-        count = 2 if job.method.needs_float_inputs else 1
-        shapes = [str(jax.tree.map(np.shape, batch.tokens)) for batch in job.batches]
         with clock("forward"):
-            streams = [
-                open_stream(job.calibration, shapes, job.parallel, budget=budget // count, directory=activations)
-                for _ in range(count)
-            ]
+            streams = job.open_streams(budget, activations)
     for index, block in enumerate(blocks):
         if index < there:
             packed, reports = sink.read(index)

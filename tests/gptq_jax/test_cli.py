@@ -133,6 +133,31 @@ def test_quantize_is_the_same_from_python(tmp_path, hf_model, text):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_quantize_within_a_budget(tmp_path, hf_model, text):
+    quick = ("--calibration", text, *QUICK[:-2], "--method", "rtn")
+    out = tmp_path / "out"
+    result = run(
+        "quantize",
+        hf_model,
+        "--out",
+        out,
+        *quick,
+        "--skip",
+        "mlp|[qk]_proj",
+        "--target-bpw",
+        4.3,
+        "--devices",
+        1,
+        "--json",
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["settings"]["target_bpw"] == 4.3
+    assert {layer["path"][-6:]: layer["spec"]["bits"] for layer in report["layers"]} == {"v_proj": 4, "o_proj": 3}
+    bits = 8 * sum(layer["nbytes"] for layer in report["layers"])
+    assert bits / sum(layer["d_in"] * layer["d_out"] for layer in report["layers"]) == pytest.approx(38 / 9)
+
+
 def test_flax_and_orbax_models(tmp_path, hf_model, text):
     import orbax.checkpoint as ocp
 

@@ -33,6 +33,7 @@ LEVELS = {
         "gptq_jax.terminal",
     ),
     7: (
+        "gptq_jax.allocation",
         "gptq_jax.bench",
         "gptq_jax.comparison",
         "gptq_jax.demo",
@@ -50,7 +51,15 @@ SAME_LEVEL = {  # what may be imported beside a file on its own level: an order 
     "gptq_jax.block": {"gptq_jax.observe", "gptq_jax.stream"},
     "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
     "gptq_jax.planning": {"gptq_jax.bench"},
-    "gptq_jax.cli": {"gptq_jax.bench", "gptq_jax.comparison", "gptq_jax.demo", "gptq_jax.harness", "gptq_jax.planning"},
+    "gptq_jax.allocation": {"gptq_jax.planning"},
+    "gptq_jax.cli": {
+        "gptq_jax.allocation",
+        "gptq_jax.bench",
+        "gptq_jax.comparison",
+        "gptq_jax.demo",
+        "gptq_jax.harness",
+        "gptq_jax.planning",
+    },
 }
 FILES = sorted(file for package in ("gptq_jax", "pallas_kernels") for file in (ROOT / package).rglob("*.py"))
 

@@ -1,0 +1,227 @@
+"""Bits where they serve best: a grid for each layer, so that all together stay within a budget of bits per weight.
+
+One pass of the float model gathers the Hessian of each input, and each layer is solved on each candidate grid. What is
+minimized is the sum over layers of |X(W-Q)|^2 / |XW|^2, exactly, by dynamic programming over bytes: the linear model of
+HIGGS (Malinovskii et al. 2025, arXiv 2411.17525), in which such errors add up to that of the model, with the relative
+error of outputs in the place of fitted coefficients times that of weights.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptq_jax.block import solve_group
+from gptq_jax.clock import Clock
+from gptq_jax.hooks.nnx import kernel_of
+from gptq_jax.methods.base import Method
+from gptq_jax.models.quantizable import BlockSource
+from gptq_jax.observe import observe
+from gptq_jax.pipeline import Job, job_for
+from gptq_jax.planning.sizes import packed_shape
+from gptq_jax.report import LayerReport
+from gptq_jax.spec import QuantSpec, SpecRules
+from gptq_jax.stream import STREAMED_BYTES
+
+BITS = (2, 3, 4, 8)
+_MOST_UNITS = 2**16  # of the budget: where sizes divide it into more, they are rounded up
+
+Candidates = Mapping[str, Mapping[int, QuantSpec]]  # of each layer by path: its grid with so many bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What a layer, or several that must have one grid, would be with so many bits.
+
+    Attributes:
+        bits: of the grid.
+        nbytes: packed, with scales and zeros.
+        error: |X(W-Q)|^2 / |XW|^2, summed over the layers.
+    """
+
+    bits: int
+    nbytes: int
+    error: float
+
+
+def allocate_bits(
+    source: BlockSource,
+    batches: Sequence[Any],
+    target_bpw: float,
+    *,
+    bits: Sequence[int] = BITS,
+    spec: QuantSpec | SpecRules | None = None,
+    method: Method | None = None,
+    min_expert_tokens: int | None = None,
+    devices: int | Sequence[jax.Device] | None = 1,
+    activations: str | PathLike[str] | None = None,
+    on_candidate: Callable[[int, int], None] | None = None,
+) -> SpecRules:
+    """Choose the bits of each layer, for `quantize(model, batches, allocate_bits(model, batches, 3.5))`.
+
+    Layers are measured on the inputs that the float model gives them. Memory is that of `quantize_blocks`; time is that
+    of quantizing the model, but for the solver, which runs once for each candidate.
+
+    Args:
+        source: a float model, or a checkpoint (`open_checkpoint`).
+        batches: as for `quantize`.
+        target_bpw: bits per weight of all quantized layers together, scales and zeros counted, as reports give them.
+        bits: the candidates.
+        spec: everything else about the grids, and what is skipped. An override that says `bits` settles them for its
+            layers, which count.
+        method: that is measured, best the one that will quantize; `gptq()` if None.
+        min_expert_tokens, devices, activations: as for `quantize_blocks`.
+        on_candidate: called with how many candidates are measured, and how many there are.
+
+    Returns:
+        Rules that take no more than the budget, with the least error there is within it.
+
+    Raises:
+        ValueError: before the long work: no candidates, or a budget that is less than the least of them take, and what
+            `quantize` says of its arguments; during it: a layer without a finite error.
+    """
+    if not bits:
+        raise ValueError(f"bits={bits!r} is empty: give candidates, e.g. {BITS}.")
+    if not 0 < target_bpw < math.inf:
+        raise ValueError(f"target_bpw={target_bpw} must be a positive number of bits per weight.")
+    job = job_for(source, batches, spec, method, True, min_expert_tokens, devices)
+    candidates = _candidates(job, sorted(set(bits)))
+    _check_least(job, candidates, target_bpw)
+
+    measured: dict[str, dict[int, LayerReport]] = defaultdict(dict)
+    total = sum(map(len, candidates.values()))
+    for done, layer in enumerate(_measure(job, candidates, activations), 1):
+        if not math.isfinite(layer.relative_error):
+            raise ValueError(f"{layer.path} has no finite error at {layer.spec.bits} bits: check the model's weights.")
+        measured[layer.path][layer.spec.bits] = layer
+        if on_candidate is not None:
+            on_candidate(done, total)
+
+    stacks = [paths for paths in map(tuple, job.calibration.alike) if paths[0] in measured]
+    alone = set(measured).difference(*stacks)
+    units = [*stacks, *((path,) for path in measured if path in alone)]
+    choices = [_choices([measured[path] for path in paths]) for paths in units]
+    weights = sum(next(iter(reports.values())).weights for reports in measured.values())
+    chosen = choose(choices, _budget(target_bpw, weights))
+    return _rules(job.rules, {path: choice.bits for paths, choice in zip(units, chosen, strict=True) for path in paths})
+
+
+def choose(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
+    """One choice of each: those with the least sum of errors whose bytes are no more than `budget` together.
+
+    Dynamic programming over what is spent beyond the smallest choices, in units of the greatest common divisor of the
+    steps between sizes; exact as long as these are at most 2^16, else each size is rounded up to a unit.
+
+    Raises:
+        ValueError: the smallest choices take more than `budget`.
+    """
+    least = [min(choice.nbytes for choice in each) for each in choices]
+    if budget < sum(least):
+        raise ValueError(f"budget={budget} bytes are fewer than the {sum(least)} that the smallest choices take.")
+    steps = [[choice.nbytes - start for choice in each] for each, start in zip(choices, least, strict=True)]
+    spare = min(budget - sum(least), sum(map(max, steps)))
+    unit = max(math.gcd(*(step for each in steps for step in each)), -(-spare // _MOST_UNITS), 1)
+    capacity = spare // unit
+    costs = [[-(-step // unit) for step in each] for each in steps]
+
+    errors = np.zeros(capacity + 1)  # the least of the layers so far, by what they may spend
+    picks = []
+    for each, cost in zip(choices, costs, strict=True):
+        rows = np.full((len(each), capacity + 1), np.inf)
+        for row, choice, spent in zip(rows, each, cost, strict=True):
+            if spent <= capacity:
+                row[spent:] = errors[: capacity + 1 - spent] + choice.error
+        picks.append(np.argmin(rows, axis=0).astype(np.int8))
+        errors = rows.min(axis=0)
+
+    chosen, left = [], capacity
+    for each, cost, pick in zip(reversed(choices), reversed(costs), reversed(picks), strict=True):
+        chosen.append(each[pick[left]])
+        left -= cost[pick[left]]
+    return chosen[::-1]
+
+
+def _candidates(job: Job, bits: Sequence[int]) -> Candidates:
+    """The grids of each layer that is quantized."""
+    found = {}
+    for path, spec in job.specs.items():
+        if spec is not None:
+            own = [spec.bits] if "bits" in _override(job.rules, path) else bits
+            found[path] = {each: replace(spec, bits=each) for each in own}
+    return found
+
+
+def _check_least(job: Job, candidates: Candidates, target_bpw: float) -> None:
+    """Raise ValueError where the budget is less than the least candidates take, known from shapes alone."""
+    weights = least = 0
+    for block in job.calibration.blocks:
+        params = block.params
+        for path in (path for group in block.groups for path in group):
+            if grids := candidates.get(block.prefix + path):
+                shape = kernel_of(params, path).shape
+                weights += math.prod(shape)
+                least += min(packed_shape(shape, grid).nbytes for grid in grids.values())
+    if _budget(target_bpw, weights) < least:
+        raise ValueError(
+            f"target_bpw={target_bpw} is less than the {8 * least / weights:.4g} bits per weight that the smallest "
+            "grids take, scales and zeros counted: allow more, larger groups or fewer bits."
+        )
+
+
+def _measure(job: Job, candidates: Candidates, directory: str | PathLike[str] | None) -> Iterator[LayerReport]:
+    """Solve each layer on each of its grids, on what the float model feeds it."""
+    clock = Clock()
+    streams = job.open_streams(STREAMED_BYTES, directory)
+    for block in job.calibration.blocks:
+        task = job.task(block, streams, clock)
+        params = task.read()
+        ways = task.ways(params, params)
+        for stage in task.stages():
+            observed = observe(block, job.method, ways, stage, keep=True, clock=clock)
+            for group, said in zip(stage, observed, strict=True):
+                grids = {path: candidates[block.prefix + path] for path in group}
+                for bits in sorted(set().union(*grids.values())):
+                    specs = {path: grids[path][bits] for path in group if bits in grids[path]}
+                    for _, _, report in solve_group(replace(task, specs=specs), params, tuple(specs), said):
+                        yield report
+        task.leave(ways)
+
+
+def _choices(layers: Sequence[Mapping[int, LayerReport]]) -> list[Choice]:
+    """Of layers that must have one grid."""
+    return [
+        Choice(
+            bits=bits,
+            nbytes=sum(reports[bits].nbytes for reports in layers),
+            error=sum(reports[bits].relative_error ** 2 for reports in layers),
+        )
+        for bits in layers[0]
+    ]
+
+
+def _budget(bits_per_weight: float, weights: int) -> int:
+    """Bytes; what a report gives as bits per weight is not to be lost to its rounding."""
+    return math.floor(bits_per_weight * weights / 8 * (1 + 1e-12))
+
+
+def _override(rules: SpecRules, path: str) -> dict[str, object]:
+    """The fields that the first override that fits sets."""
+    return next((dict(fields) for pattern, fields in rules.overrides if re.search(pattern, path)), {})
+
+
+def _rules(rules: SpecRules, bits: Mapping[str, int]) -> SpecRules:
+    """`rules` with these bits: the commonest by default, the rest by an override for each kind of grid."""
+    (commonest, _), *_ = Counter(bits.values()).most_common()
+    alike = defaultdict(list)
+    for path, chosen in bits.items():
+        fields = _override(rules, path)
+        if fields.get("bits", commonest) != chosen:
+            alike[tuple({**fields, "bits": chosen}.items())].append(path)
+    named = tuple((f"^({'|'.join(map(re.escape, paths))})$", fields) for fields, paths in alike.items())
+    return replace(rules, default=replace(rules.default, bits=commonest), overrides=(*named, *rules.overrides))
