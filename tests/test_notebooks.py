@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -18,6 +19,22 @@ def tools():
     missing = [name for name in ("nbclient", "ipykernel", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"no {', '.join(missing)}: pip install '.[notebooks]'")
+
+
+def small_model():
+    """The notebooks' own module, which lies beside them."""
+    spec = importlib.util.spec_from_file_location("small_model", FOLDER / "small_model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    try:
+        return small_model().checkpoint()
+    except OSError as error:
+        pytest.skip(f"the notebooks' model cannot be had: {error}")
 
 
 def printed(notebook):
@@ -43,14 +60,17 @@ def is_drawn(png):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path):
+def test_notebook(path, request):
     import nbclient
     import nbformat
 
     committed = nbformat.read(path, as_version=4)
+    if any("small_model" in cell.source for cell in committed.cells):
+        request.getfixturevalue("checkpoint")
     assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code"), "commit it executed"
     found = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(found, timeout=500, kernel_name="python3").execute()
+    where = {"metadata": {"path": str(FOLDER)}}  # as Jupyter runs it
+    nbclient.NotebookClient(found, timeout=500, kernel_name="python3", resources=where).execute()
     for now, before in zip(printed(found), printed(committed), strict=True):
         assert NUMBER.sub("#", now) == NUMBER.sub("#", before)
         numbers = [[float(number) for number in NUMBER.findall(text)] for text in (now, before)]
@@ -61,3 +81,16 @@ def test_notebook(path):
 
 def test_there_are_notebooks():
     assert NOTEBOOKS
+
+
+def test_the_small_model_is_the_one_published(checkpoint):
+    """The figure that comes with its weights, on text that is not theirs: what it says is in English, not noise."""
+    import gptq_jax
+
+    model = gptq_jax.load(checkpoint)
+    text = "Alice was beginning to get very tired of sitting by her sister on the bank"
+    ids = model.tokenizer(text)["input_ids"]
+    assert model.tokenizer.decode(ids) == text
+    shuffled = np.random.default_rng(0).permutation(ids)
+    assert gptq_jax.perplexity(model, ids, length=len(ids)) < 40
+    assert gptq_jax.perplexity(model, shuffled, length=len(ids)) > 400
