@@ -68,6 +68,10 @@ class BlockTask:
         ]
         return [[group] for group in groups] if self.true_sequential else [groups]
 
+    def paths(self) -> list[str]:
+        """The layers that are quantized."""
+        return [path for stage in self.stages() for group in stage for path in group]
+
     def read(self) -> Params:
         """The block's float parameters, on all devices."""
         with self.clock("read") as ready:
@@ -94,25 +98,24 @@ def quantize_block(task: BlockTask, done: Callable[[LayerReport], None]) -> Para
     Returns:
         The parameters with packed kernels.
     """
-    packed = working = task.read()
-    # The float kernels go one by one as they are replaced, unless a float stream needs them.
-    floats = working if len(task.streams) > 1 else None
+    packed = task.read()
+    floats = packed if len(task.streams) > 1 else None
+    dtypes = {path: kernel_of(packed, path).dtype for path in task.paths()}
     for stage in task.stages():
         observed = observe(
             task.block,
             task.method,
-            task.ways(working, floats),
+            task.ways(_dequantized(packed, dtypes), floats),
             stage,
             keep=task.true_sequential,
             clock=task.clock,
         )
+        # Solving takes the most memory: by now no kernel is float but those to come.
         for group, said in zip(stage, observed, strict=True):
-            for path, tensor, report in solve_group(task, working, group, said):
-                dtype = kernel_of(working, path).dtype
+            for path, tensor, report in solve_group(task, packed, group, said):
                 packed = with_kernel(packed, path, tensor)
-                working = with_kernel(working, path, tensor.dequantize(dtype))
                 done(report)
-    task.leave(task.ways(working, floats))
+    task.leave(task.ways(_dequantized(packed, dtypes), floats))
     return packed
 
 
@@ -124,16 +127,23 @@ def replay_block(task: BlockTask, packed: Params) -> None:
         packed: what came of it.
     """
     floats = task.read()
-    working = task.parallel.replicate(packed)
-    for path in (path for stage in task.stages() for group in stage for path in group):
-        kernel = kernel_of(working, path).dequantize(kernel_of(floats, path).dtype)
-        working = with_kernel(working, path, kernel)
+    dtypes = {path: kernel_of(floats, path).dtype for path in task.paths()}
+    working = _dequantized(task.parallel.replicate(packed), dtypes)
     ways = task.ways(working, floats if len(task.streams) > 1 else None)
     if task.true_sequential:
         # Stage by stage, for these are the programs that computed the inputs.
         for stage in task.stages():
             look_again(task.block, ways, stage, clock=task.clock)
     task.leave(ways)
+
+
+def _dequantized(params: Params, dtypes: Mapping[str, Any]) -> Params:
+    """With float kernels, of the dtype that is given by path, in place of packed ones."""
+    for path, dtype in dtypes.items():
+        kernel = kernel_of(params, path)
+        if isinstance(kernel, QuantizedTensor):
+            params = with_kernel(params, path, kernel.dequantize(dtype))
+    return params
 
 
 def solve_group(

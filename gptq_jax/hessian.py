@@ -80,10 +80,10 @@ def with_factor(
             place, used = jax.lax.optimization_barrier((order, used))
             ordered = hessian[place[:, None], place[None]]
         diagonal = jnp.diagonal(ordered)
-        added = diagonal + jnp.where(diagonal == 0, 1.0, used * mean_diagonal)
-        damped = jnp.where(on_diagonal[:, None] == on_diagonal[None], added[None], ordered)
+        damped = diagonal + jnp.where(diagonal == 0, 1.0, used * mean_diagonal)
         # Transposed, which changes nothing but spares LAPACK, which goes by columns, a copy.
-        lower = jnp.linalg.cholesky(damped[::-1, ::-1].T, symmetrize_input=False)
+        reverse = ordered[::-1, ::-1].T.at[on_diagonal, on_diagonal].set(damped[::-1], unique_indices=True)
+        lower = jnp.linalg.cholesky(reverse, symmetrize_input=False)
         # A factorization that fails leaves NaN on the diagonal too, where looking is cheap.
         succeeded = jnp.all(jnp.isfinite(jnp.diagonal(lower)))
         upper = jnp.where(succeeded, lower[::-1, ::-1], 0)
