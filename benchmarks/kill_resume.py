@@ -7,7 +7,6 @@ files, byte for byte, with nothing left beside it. Exit code 1 if one differs.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -18,53 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-from safetensors.numpy import save_file
+from synthetic import TEXT, write_llama
 
-BLOCKS, WIDTH, HIDDEN, VOCABULARY = 6, 64, 160, 300
-TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 200
+BLOCKS = 6
 SETTINGS = ("--samples", "8", "--length", "64", "--group-size", "32")
-
-
-def write_model(folder: Path) -> None:
-    """A random Llama of a few blocks in bfloat16, with a byte-level tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    generator = np.random.default_rng(0)
-
-    def weight(*shape: int) -> np.ndarray:
-        return (generator.standard_normal(shape) * 0.1).astype(ml_dtypes.bfloat16)
-
-    tensors = {"model.embed_tokens.weight": weight(VOCABULARY, WIDTH), "model.norm.weight": 1 + weight(WIDTH)}
-    for prefix in (f"model.layers.{index}." for index in range(BLOCKS)):
-        tensors |= {f"{prefix}self_attn.{name}_proj.weight": weight(WIDTH, WIDTH) for name in "qkvo"}
-        tensors |= {f"{prefix}mlp.{name}_proj.weight": weight(HIDDEN, WIDTH) for name in ("gate", "up")}
-        tensors[f"{prefix}mlp.down_proj.weight"] = weight(WIDTH, HIDDEN)
-        norms = ("input_layernorm", "post_attention_layernorm")
-        tensors |= {f"{prefix}{name}.weight": 1 + weight(WIDTH) for name in norms}
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {
-        "model_type": "llama",
-        "hidden_size": WIDTH,
-        "intermediate_size": HIDDEN,
-        "num_hidden_layers": BLOCKS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TEXT], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def start(folder: Path, out: Path, *more: str) -> "subprocess.Popen[str]":
@@ -141,7 +97,7 @@ def main() -> None:
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model")
+        write_llama(folder / "model", blocks=BLOCKS, width=64, hidden=160, context=128)
         (folder / "text.txt").write_text(TEXT)
         start(folder, folder / "old", "--bits", "8").wait()
         start(folder, folder / "first").wait()  # compiles

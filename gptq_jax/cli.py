@@ -153,12 +153,13 @@ def quantize(
     from gptq_jax.allocation import allocate_bits
     from gptq_jax.by_name import AROUND, make_method
     from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
-    from gptq_jax.heap import give_back_large_arrays
+    from gptq_jax.heap import give_back_free_pages, give_back_large_arrays
     from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
     from gptq_jax.parallel.hosts import is_first
     from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
     from gptq_jax.planning.sizes import float_shapes
+    from gptq_jax.report import LayerReport
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
     from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.load import load
@@ -230,7 +231,12 @@ def quantize(
         settings=settings,
         on_open=opened,
     )
-    with sink, _profiled(profile), layer_progress() as on_layer:
+    with sink, _profiled(profile), layer_progress() as show:
+
+        def on_layer(layer: LayerReport, done: int, layers: int) -> None:
+            show(layer, done, layers)
+            give_back_free_pages()
+
         try:
             _, report = quantize_blocks(
                 source,

@@ -1,6 +1,8 @@
 """Strict numerics for every test, and where the data that is not committed may be found."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,8 +11,20 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000  # of the 65,530 that Linux allows a process; a compiled program takes several
+
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Compiled programs of other modules, when there are so many that the next may be refused its memory."""
+    yield
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
