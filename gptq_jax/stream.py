@@ -15,6 +15,7 @@ from gptq_jax.hooks.experts import Routed
 from gptq_jax.hooks.nnx import Input, Params
 from gptq_jax.models.quantizable import Calibration, Forward
 from gptq_jax.parallel import DataParallel
+from gptq_jax.parallel.data import on_host
 
 Inputs = dict[str, Input]  # of linear layers by path
 
@@ -136,7 +137,7 @@ def open_stream(
         repeats = [*numbers, *[numbers[-1]] * (parallel.size - len(numbers))]
         parts = [next(started) for _ in numbers]
         parts += [parts[-1]] * (parallel.size - len(numbers))
-        own = [jax.tree.map(np.asarray, parts[place]) for place in parallel.here]
+        own = [jax.tree.map(on_host, parts[place]) for place in parallel.here]
         states.append(own[0] if parallel.mesh is None else np.concatenate(own))
         masks = [np.asarray(mask) for number in repeats if (mask := calibration.masks[number]) is not None]
         rounds.append(

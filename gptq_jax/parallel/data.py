@@ -126,7 +126,7 @@ class DataParallel:
 
     def fetch(self, tree: Tree) -> Tree:
         """The inverse of `feed`."""
-        return jax.tree.map(np.asarray if self.mesh is None else _local_rows, tree)
+        return jax.tree.map(on_host if self.mesh is None else _local_rows, tree)
 
     def run(self, function: Callable[..., Any], *static: Hashable, params: Any, batches: tuple[Any, ...]) -> Any:
         """`function(*static, params, *batches)`, whose result has the rows of the batches.
@@ -140,6 +140,11 @@ class DataParallel:
         if self.mesh is None:
             return function(*static, params, *batches)
         return _mapped(function, static, self.mesh, self.parallel)(params, batches)
+
+
+def on_host(leaf: Any) -> Any:
+    """An array of the host's; keys of random numbers, which numpy has not, stay as they are."""
+    return leaf if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
 
 def _everywhere(leaf: Any, sharding: NamedSharding) -> Array:

@@ -31,7 +31,7 @@ CALIBRATION = ["--samples", "12", "--length", "24", "--batch-size", "2"]
         (("auto", None, 2), r"--processes \(processes\) is given, but --coordinator auto finds it out"),
         (("localhost", 0, 2), "'localhost' is no HOST:PORT: give one like"),
         (("localhost:1234", 0, None), r"--processes \(processes\) is missing"),
-        (("localhost:1234", 2, 2), "--process-id 2 is none of --processes 2: use 0 to 1"),
+        (("localhost:1234", 2, 2), "--process-id 2 is not one of 0 to 1, of --processes 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_joined(arguments, message):
