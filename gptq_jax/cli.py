@@ -515,6 +515,11 @@ def _join(coordinator: str | None, process_id: int | None, processes: int | None
     from gptq_jax.parallel import hosts
     from gptq_jax.terminal import console
 
+    if coordinator is not None:
+        # Collectives speak on the file descriptor of stdout, which is for what was asked for.
+        sys.stdout.flush()
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
     hosts.join(coordinator, process_id, processes)
     console.quiet = not hosts.is_first()
 

@@ -94,7 +94,7 @@ def quantize(out):
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(files):
+def test_two_processes_do_what_one_does_and_go_on_when_one_died(files):
     finish(start(files, *quantize("alone"), processes=1))
     finish(start(files, *quantize("together")))
     alone, together = (load(files / name).params for name in ("alone", "together"))
@@ -107,10 +107,6 @@ def test_two_processes_do_what_one_does(files):
     assert (one["devices"], two["devices"]) == (2, 4)
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
 
-
-@pytest.mark.slow
-def test_when_one_dies_the_others_stop_and_the_run_goes_on(files):
-    """After the test above, whose store this one must equal."""
     first, second = start(files, *quantize("resumed"))
     block = files / ".resumed.unfinished" / "store" / "arrays" / "layers.0"
     for _ in range(2000):
@@ -128,6 +124,7 @@ def test_when_one_dies_the_others_stop_and_the_run_goes_on(files):
 
     finish(start(files, *quantize("resumed")))
     names = [str(file.relative_to(files / "together")) for file in (files / "together").rglob("*") if file.is_file()]
+    assert len(names) > 20
     _, differing, missing = filecmp.cmpfiles(files / "together", files / "resumed", names, shallow=False)
     assert not differing
     assert not missing
