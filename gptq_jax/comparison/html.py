@@ -4,8 +4,6 @@ import base64
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
-
 from gptq_jax.comparison.table import COLUMNS, ComparisonTable, Row, Spread
 
 _PAGE = """<!doctype html>
@@ -77,6 +75,8 @@ document.querySelectorAll("#results th").forEach((head, column) => head.firstChi
 
 def html_report(table: ComparisonTable, plots: Mapping[str, bytes]) -> str:
     """The page, with `plots` (name -> PNG) inside; it asks the network for nothing."""
+    import jinja2
+
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
     names = table.names
     counts = f"{len(table.cells)} runs" + (f", {len(table.failures)} failed" if table.failures else "")
