@@ -152,7 +152,7 @@ def _candidates(job: Job, bits: Sequence[int]) -> Candidates:
     found = {}
     for path, spec in job.specs.items():
         if spec is not None:
-            own = [spec.bits] if "bits" in _override(job.rules, path) else bits
+            own = [spec.bits] if "bits" in job.rules.override_for(path) else bits
             found[path] = {each: replace(spec, bits=each) for each in own}
     return found
 
@@ -210,17 +210,12 @@ def _budget(bits_per_weight: float, weights: int) -> int:
     return math.floor(bits_per_weight * weights / 8 * (1 + 1e-12))
 
 
-def _override(rules: SpecRules, path: str) -> dict[str, object]:
-    """The fields that the first override that fits sets."""
-    return next((dict(fields) for pattern, fields in rules.overrides if re.search(pattern, path)), {})
-
-
 def _rules(rules: SpecRules, bits: Mapping[str, int]) -> SpecRules:
     """`rules` with these bits: the commonest by default, the rest by an override for each kind of grid."""
     (commonest, _), *_ = Counter(bits.values()).most_common()
     alike = defaultdict(list)
     for path, chosen in bits.items():
-        fields = _override(rules, path)
+        fields = rules.override_for(path)
         if fields.get("bits", commonest) != chosen:
             alike[tuple({**fields, "bits": chosen}.items())].append(path)
     named = tuple((f"^({'|'.join(map(re.escape, paths))})$", fields) for fields, paths in alike.items())

@@ -16,6 +16,8 @@ from gptq_jax.bench import cli as bench
 from gptq_jax.comparison.cli import compare
 from gptq_jax.options import (
     ArchConfigOption,
+    AsymmetricOption,
+    CalibrationOption,
     CoordinatorOption,
     Dtype,
     DtypeOption,
@@ -23,12 +25,14 @@ from gptq_jax.options import (
     Format,
     GridName,
     JsonOption,
+    LengthOption,
     ModelArgument,
     Order,
     Parallel,
     ProcessesOption,
     ProcessIdOption,
     ProfileOption,
+    SamplesOption,
     TensorParallelOption,
 )
 from gptq_jax.planning import cli as planning
@@ -85,7 +89,7 @@ def quantize(
         ),
     ] = None,
     group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = 128,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
+    asymmetric: AsymmetricOption = False,
     method: Annotated[
         str,
         typer.Option(
@@ -104,13 +108,9 @@ def quantize(
         typer.Option(help="minmax; mse: clip; ldl: clip by the error compensation leaves. [ldl; rtn: minmax]"),
     ] = None,
     damp: Annotated[float, typer.Option(help="Fraction of the Hessian's mean diagonal added to it.")] = 0.01,
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, ptb, or a .txt, .jsonl, .json or .parquet file.")
-    ] = "wikitext2",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the model's context]")
-    ] = None,
+    calibration: CalibrationOption = "wikitext2",
+    samples: SamplesOption = 128,
+    length: LengthOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the windows' places.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
     skip: Annotated[
@@ -162,7 +162,6 @@ def quantize(
     from gptq_jax.report import LayerReport
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
     from gptq_jax.storage.directory import check_target
-    from gptq_jax.storage.load import load
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, count_progress, escape, layer_progress, note, summarize
@@ -185,15 +184,14 @@ def quantize(
     check_target(out, overwrite=overwrite)
     with console.status(f"reading {escape(calibration)}"):
         text = read_text(calibration)
-    source = _open_float(model, dtype, arch_config)
+    source = _open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
     specs = layer_specs(source, rules)
     length = _window(length, source.config.context_length)
     windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
     fit = batches(windows, batch_size)
     if chosen.rewrite is not None:
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
-            whole = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
-            source, chosen = rewritten(whole, fit, rules, chosen)
+            source, chosen = rewritten(source, fit, rules, chosen)
     if target_bpw is not None:
         with count_progress("measuring candidates") as on_candidate:
             rules = allocate_bits(
@@ -466,16 +464,16 @@ for function in (bench.kernels, bench.decode):
     command(function, bench_app)
 
 
-def _open_float(model: str, dtype: Dtype, arch_config: Path | None) -> Any:
-    """A checkpoint that is read block by block, or what `save` wrote in memory."""
+def _open_float(model: str, dtype: Dtype, arch_config: Path | None, *, whole: bool) -> Any:
+    """A checkpoint that is read block by block; in memory what `save` wrote, or all if `whole`."""
     from gptq_jax.storage.checkpoint_source import open_checkpoint
     from gptq_jax.storage.load import load
     from gptq_jax.storage.store import is_store
     from gptq_jax.terminal import console, count_progress, escape
 
-    if is_store(Path(model)) and arch_config is None:
+    if whole or (is_store(Path(model)) and arch_config is None):
         with console.status(f"loading {escape(model)}"):
-            return load(model)
+            return load(model, dtype=str(dtype), arch_config=arch_config)
     with count_progress(f"checking {model}") as on_tensor:
         return open_checkpoint(model, dtype=str(dtype), arch_config=arch_config, on_tensor=on_tensor)
 

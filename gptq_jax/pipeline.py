@@ -23,7 +23,7 @@ from gptq_jax.models.quantizable import Block, BlockModel, BlockSource, Calibrat
 from gptq_jax.parallel import DataParallel, choose_devices, make_mesh
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
-from gptq_jax.stream import KEPT_BYTES, STREAMED_BYTES, Stream, open_stream
+from gptq_jax.stream import KEPT_BYTES, STREAMED_BYTES, Stream, fork, open_stream
 
 Quantizable = TypeVar("Quantizable", bound=BlockModel)
 QUANTIZED = "the model is quantized already: load the float one it was made from."
@@ -227,10 +227,8 @@ class Job:
         """The calibration before the first block, once for each way through it; `budget` bytes are shared by all."""
         count = 2 if self.method.needs_float_inputs else 1
         shapes = [str(jax.tree.map(np.shape, batch.tokens)) for batch in self.batches]
-        return [
-            open_stream(self.calibration, shapes, self.parallel, budget=budget // count, directory=directory)
-            for _ in range(count)
-        ]
+        first = open_stream(self.calibration, shapes, self.parallel, budget=budget // count, directory=directory)
+        return [first, *(fork(first, directory) for _ in range(count - 1))]
 
     def description(self, model: Mapping[str, str]) -> dict[str, Any]:
         """Everything that the result depends on, as plain data."""

@@ -80,10 +80,11 @@ class SpecRules:
         """The spec of the layer at `path`, or None where it is skipped."""
         if any(re.search(pattern, path) for pattern in self.skip):
             return None
-        for pattern, fields in self.overrides:
-            if re.search(pattern, path):
-                return replace(self.default, **dict(fields))  # type: ignore[arg-type]
-        return self.default
+        return replace(self.default, **self.override_for(path))  # type: ignore[arg-type]
+
+    def override_for(self, path: str) -> dict[str, object]:
+        """The fields that the first override found in `path` sets."""
+        return next((dict(fields) for pattern, fields in self.overrides if re.search(pattern, path)), {})
 
     def check_used(self, paths: Iterable[str], kept_float: Mapping[str, str] = MappingProxyType({})) -> None:
         """Raise ValueError, naming them all, if a regex is found in none of `paths`.

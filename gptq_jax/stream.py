@@ -1,7 +1,7 @@
 """The calibration on its way through a model: batches in rounds, one for each device, from block to block."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from os import PathLike
 from typing import Any
@@ -148,6 +148,14 @@ def open_stream(
             )
         )
     return Stream(rounds=rounds, states=states, parallel=parallel, budget=budget)
+
+
+def fork(stream: Stream, directory: str | PathLike[str] | None = None) -> Stream:
+    """Another that begins where this one is; `directory` as for `Activations`."""
+    states = Activations(directory)
+    for state in stream.states:
+        states.append(state)
+    return replace(stream, states=states, known=[])
 
 
 def places(captured: Input) -> int:

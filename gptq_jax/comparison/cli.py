@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from gptq_jax.options import ArchConfigOption, Dtype, DtypeOption, JsonOption, ModelArgument, integers
+from gptq_jax.options import (
+    ArchConfigOption,
+    AsymmetricOption,
+    CalibrationOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    SamplesOption,
+    integers,
+)
 
 
 def compare(
@@ -21,14 +32,10 @@ def compare(
     group_size: Annotated[
         str, typer.Option(help="Inputs that share a scale, separated by commas; -1: the whole column.")
     ] = "128",
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")] = False,
-    calibration: Annotated[
-        str, typer.Option(help="wikitext2, c4, ptb, or a .txt, .jsonl, .json or .parquet file.")
-    ] = "wikitext2",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    length: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the model's context]")
-    ] = None,
+    asymmetric: AsymmetricOption = False,
+    calibration: CalibrationOption = "wikitext2",
+    samples: SamplesOption = 128,
+    length: LengthOption = None,
     seeds: Annotated[str, typer.Option(help="Of the windows' places, separated by commas.")] = "0",
     batch_size: Annotated[int, typer.Option(min=1, help="Calibration windows at a time.")] = 8,
     text: Annotated[str | None, typer.Option(help="Held-out text: a .txt, .jsonl, .json or .parquet file.")] = None,

@@ -1,6 +1,5 @@
 """The grid of runs: every method, at every grid of weights, on every draw of calibration; one cell after another."""
 
-import hashlib
 import inspect
 import itertools
 import os
@@ -24,6 +23,7 @@ from gptq_jax.models.base import Model
 from gptq_jax.models.prepared import prepare
 from gptq_jax.pipeline import QUANTIZED, check_weights, is_quantized, quantize
 from gptq_jax.spec import QuantSpec
+from gptq_jax.storage.manifest import digest
 from gptq_jax.storage.store import tree_bytes
 
 
@@ -200,14 +200,10 @@ def _making(method: Method) -> dict[str, Any]:
     package = Path(__file__).parents[1]
     try:
         file = inspect.getsourcefile(inspect.unwrap(method.solve))
-        source = None if file is None or package in Path(file).parents else _file_digest(Path(file))
+        source = None if file is None or package in Path(file).parents else digest(Path(file))
     except (TypeError, OSError):  # a callable without code of its own, or code that was typed in
         source = None
     return {"name": method.name, "settings": dict(method.settings), "source": source}
-
-
-def _file_digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _check_makings(makings: Mapping[str, Mapping[str, Any]], results: Mapping[Cell, CellResult]) -> None:

@@ -1,14 +1,14 @@
 """The directory of a comparison: its settings, and a file for each finished cell."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gptq_jax.comparison.cells import Cell, CellResult
-from gptq_jax.storage.directory import check_parent, sync
+from gptq_jax.storage.changes import changes
+from gptq_jax.storage.directory import check_parent, put_file, put_json
 
 SETTINGS, CELLS, FLOAT = "settings.json", "cells", "float.json"
 
@@ -53,7 +53,7 @@ class ComparisonDirectory:
             raise FileExistsError(f"{self.path} exists and holds no comparison: choose another directory.")
         check_parent(self.path.absolute())
         (self.path / CELLS).mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(wanted, indent=1) + "\n")
+        put_json(file, wanted)
 
     def results(self) -> dict[Cell, CellResult]:
         """Every cell that has been run.
@@ -75,7 +75,7 @@ class ComparisonDirectory:
 
     def put(self, result: CellResult) -> None:
         """Keep what came of a cell; it is on disk when this returns."""
-        write_file(self.path / CELLS / f"{result.cell.stem}.json", json.dumps(result.to_json()) + "\n")
+        put_file(self.path / CELLS / f"{result.cell.stem}.json", json.dumps(result.to_json()) + "\n")
 
     def float_figures(self) -> FloatFigures | None:
         """Those of the float model, if they are known."""
@@ -89,16 +89,7 @@ class ComparisonDirectory:
 
     def put_float(self, figures: FloatFigures) -> None:
         """Keep those of the float model."""
-        write_file(self.path / FLOAT, json.dumps(asdict(figures)) + "\n")
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is on disk whole when this returns, and never seen half-written."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+        put_file(self.path / FLOAT, json.dumps(asdict(figures)) + "\n")
 
 
 def _read(file: Path) -> Any:
@@ -111,15 +102,9 @@ def _read(file: Path) -> Any:
     return data
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name in sorted({*there, *here}):
-        one, two = there.get(name), here.get(name)
-        if isinstance(one, dict) and isinstance(two, dict):
-            found += _differences(one, two, f"{prefix}{name}.")
-        elif one != two:
-            found.append(f"{prefix}{name} is {_short(one)} there, {_short(two)} here")
-    return found
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    found = sorted(changes(there, here), key=lambda change: change[0])
+    return [f"{'.'.join(path)} is {_short(one)} there, {_short(two)} here" for path, one, two in found]
 
 
 def _short(value: Any) -> str:

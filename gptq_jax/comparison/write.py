@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gptq_jax.comparison.html import html_report
 from gptq_jax.comparison.plots import all_plots
-from gptq_jax.comparison.store import write_file
 from gptq_jax.comparison.table import ComparisonTable
+from gptq_jax.storage.directory import put_file
 
 TABLES = ("table.md", "table.csv", "table.json")
 PAGE = "report.html"
@@ -28,9 +28,9 @@ def write_report(table: ComparisonTable, path: str | os.PathLike[str], *, plots:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = all_plots(table) if plots else {}
     for name, picture in pictures.items():
-        write_file(folder / name, picture)
+        put_file(folder / name, picture)
     for name, text in zip(
         TABLES, (table.markdown(), table.csv(), json.dumps(table.to_json(), indent=1) + "\n"), strict=True
     ):
-        write_file(folder / name, text)
-    write_file(folder / PAGE, html_report(table, pictures))
+        put_file(folder / name, text)
+    put_file(folder / PAGE, html_report(table, pictures))

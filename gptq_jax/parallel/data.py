@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Shaped
 
 AXIS = "batch"
@@ -92,7 +92,7 @@ class DataParallel:
         sharding = NamedSharding(self.mesh, PartitionSpec())
         if len(self.here) == self.size:
             return jax.device_put(tree, sharding)
-        return jax.tree.map(lambda leaf: _everywhere(leaf, sharding), tree)
+        return jax.tree.map(lambda leaf: place(leaf, sharding), tree)
 
     def shard(self, batch: Shaped[np.ndarray, "rows ..."]) -> Shaped[Array, "..."]:
         """Rows cut evenly over the devices, of whose number they are a multiple; each process gives all of them."""
@@ -105,7 +105,7 @@ class DataParallel:
             return jax.device_put(batch, sharding)
         if self.parallel == "pmap":  # takes what the devices of this process need
             return jax.numpy.asarray(batch[list(self.here)])
-        return jax.make_array_from_callback(batch.shape, sharding, lambda where: batch[where])
+        return place(batch, sharding)
 
     def gather(self, rows: Shaped[Array, "..."]) -> Shaped[np.ndarray, "rows ..."]:
         """The inverse of `shard`."""
@@ -147,8 +147,8 @@ def on_host(leaf: Any) -> Any:
     return leaf if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
 
 
-def _everywhere(leaf: Any, sharding: NamedSharding) -> Array:
-    """An array that every process has, on all devices of all of them."""
+def place(leaf: Any, sharding: Sharding) -> Array:
+    """An array that every process has, on devices that may be of other processes; each is sent its part only."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.jit(lambda array: array, out_shardings=sharding)(leaf)
     found = np.asarray(leaf)

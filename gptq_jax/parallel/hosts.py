@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptq_jax.parallel.data import AXIS, make_mesh
+from gptq_jax.parallel.data import AXIS, make_mesh, place
 
 AUTO = "auto"
 CONNECT_SECONDS = 120  # until all processes have come
@@ -118,10 +118,6 @@ def spread(tree: Any) -> Any:
     def cut(leaf: Any) -> jax.Array:
         axis = next((axis for axis in reversed(range(leaf.ndim)) if leaf.shape[axis] % mesh.size == 0), None)
         spec = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
-        sharding = NamedSharding(mesh, spec)
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            return jax.jit(lambda array: array, out_shardings=sharding)(leaf)
-        found = np.asarray(leaf)
-        return jax.make_array_from_callback(found.shape, sharding, lambda where: found[where])
+        return place(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(cut, tree)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_jax.options import MODEL_HELP, Dtype, DtypeOption, JsonOption, integers
+from gptq_jax.options import MODEL_HELP, Dtype, DtypeOption, JsonOption, SamplesOption, integers
 
 
 def plan(
@@ -13,7 +13,7 @@ def plan(
     bits: Annotated[str, typer.Option(help="2, 3, 4 or 8; several separated by commas.")] = "8,4,3,2",
     group_size: Annotated[str, typer.Option(help="Inputs that share a scale; -1: the whole column.")] = "128",
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="With a zero point for each group.")] = False,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    samples: SamplesOption = 128,
     length: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a window, and of a text to generate. [2048, or the context]")
     ] = None,

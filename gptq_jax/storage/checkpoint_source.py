@@ -11,23 +11,21 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Shaped
 
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.models.base import Architecture, Model, calibrate
 from gptq_jax.models.identity import digest_json
 from gptq_jax.models.quantizable import Calibration
-from gptq_jax.storage.base import BFLOAT16, CheckpointError, TensorSource
+from gptq_jax.storage.base import CheckpointError, TensorSource
 from gptq_jax.storage.load import checked_leaves, dtype_name, open_source, read_architecture, read_arrays
 from gptq_jax.storage.manifest import digest
 from gptq_jax.storage.packed.detect import PACKED_KEYS, packed_format
-from gptq_jax.storage.parameters import Leaf, stored_parts
+from gptq_jax.storage.parameters import Leaf, finite_tensor, stored_parts
 from gptq_jax.storage.sharding import Placement, one_device
 from gptq_jax.storage.store import is_store
 
 PACKED = "holds packed weights, which are quantized already: open the float checkpoint that they were made from."
 STORE = "was written by save: load it, a model in memory is quantized block by block too."
-_CHUNK = 2**22  # numbers looked at together
 
 
 class CheckpointSource:
@@ -183,19 +181,9 @@ def _digest_of_tensors(
     """SHA-256 of all tensors with their names, of which one is in memory at a time; CheckpointError if not finite."""
     whole, parts = hashlib.sha256(), list(stored_parts(leaves))
     for done, part in enumerate(parts, 1):
-        values = np.ascontiguousarray(checkpoint.tensor(part.tensor))
-        if not _all_finite(values):
-            raise CheckpointError(checkpoint.path, f"tensor {part.tensor!r} holds NaN or infinity.")
+        values = np.ascontiguousarray(finite_tensor(checkpoint, part.tensor))
         whole.update(f"{part.tensor} {values.dtype} {values.shape}\n".encode())
         whole.update(hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest())
         if on_tensor is not None:
             on_tensor(done, len(parts))
     return whole.hexdigest()
-
-
-def _all_finite(values: Shaped[np.ndarray, "..."]) -> bool:
-    flat = values.reshape(-1)
-    chunks = (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
-    if values.dtype == BFLOAT16:  # numpy takes ten times as long over a type that is not its own
-        return all(bool(np.all(chunk.view(np.uint16) & 0x7F80 != 0x7F80)) for chunk in chunks)
-    return all(bool(np.isfinite(chunk).all()) for chunk in chunks)

@@ -164,16 +164,25 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write plain data as indented JSON."""
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    path.write_text(_indented(data))
 
 
 def put_json(path: Path, data: Any) -> None:
-    """As `write_json`, but the file is whole and on disk, or as it was."""
+    """As `write_json`, but by `put_file`."""
+    put_file(path, _indented(data))
+
+
+def put_file(path: Path, content: str | bytes) -> None:
+    """Write a file that is on disk whole when this returns, and never seen half-written."""
     partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, data)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)
+
+
+def _indented(data: Any) -> str:
+    return json.dumps(data, indent=1) + "\n"
 
 
 def _exchange(one: Path, two: Path) -> bool:

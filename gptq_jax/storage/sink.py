@@ -22,6 +22,7 @@ from gptq_jax.models.base import Architecture
 from gptq_jax.parallel.hosts import is_first, on_first
 from gptq_jax.report import LayerReport, Report, layer_report
 from gptq_jax.storage.base import CheckpointError
+from gptq_jax.storage.changes import changes
 from gptq_jax.storage.directory import (
     acquire,
     beside,
@@ -253,16 +254,15 @@ class StoreSink:
             raise CheckpointError(file, f"is damaged ({error}): start anew with --restart (restart=True).") from error
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
+def differences(old: Any, new: Any) -> list[str]:
     """Where two trees of plain data differ, each a phrase with both values; of digests only that they do."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = dict.fromkeys((*old, *new))
-        return [text for key in keys for text in differences(old.get(key), new.get(key), f"{name} {key}".strip())]
-    if old == new:
-        return []
+    return [_phrase(" ".join(path), before, now) for path, before, now in changes(old, new)]
+
+
+def _phrase(name: str, old: Any, new: Any) -> str:
     if all(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
-        return [f"{name} is another"]
-    return [f"{name} was {_shown(old)}, and is {_shown(new)} now"]
+        return f"{name} is another"
+    return f"{name} was {_shown(old)}, and is {_shown(new)} now"
 
 
 def _shown(value: Any) -> str:

@@ -115,7 +115,7 @@ def test_other_settings_are_refused_by_name(tmp_path, monkeypatch):
 
 def test_other_code_of_a_users_method_is_noticed(tmp_path, monkeypatch):
     run({"clip": clip_search()}, out=tmp_path / "out")
-    monkeypatch.setattr(grid, "_file_digest", lambda file: "changed")
+    monkeypatch.setattr(grid, "digest", lambda file: "changed")
     with pytest.raises(ValueError, match="a method 'clip' that has other code"):
         run({"clip": clip_search()}, out=tmp_path / "out")
 

@@ -12,7 +12,7 @@ from tiny_quantization import float_model
 
 import gptq_jax
 from gptq_jax import CheckpointError, load, open_checkpoint
-from gptq_jax.storage.checkpoint_source import _all_finite
+from gptq_jax.storage.parameters import _all_finite
 
 ORACLES = Path(__file__).parents[2] / "oracles" / "flax"
 TOKENS = np.arange(48, dtype=np.int32).reshape(2, 24)
