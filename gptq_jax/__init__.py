@@ -28,6 +28,7 @@ from gptq_jax.storage.sharding import ShardingRules
 from gptq_jax.allocation import allocate_bits
 from gptq_jax.calibration import calibration_batches
 from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
+from gptq_jax.correction import eora
 from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize, quantize_blocks
@@ -60,6 +61,7 @@ __all__ = [
     "compare",
     "compare_methods",
     "coordinate_descent",
+    "eora",
     "export",
     "generate",
     "gptaq",

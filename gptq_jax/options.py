@@ -22,6 +22,10 @@ TensorParallelOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="Cut the model over N of this machine's devices, each of which holds its part."),
 ]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Run MODEL with these LoRA adapters: of `correct`, or any in PEFT's format."),
+]
 AsymmetricOption = Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")]
 CalibrationOption = Annotated[str, typer.Option(help="wikitext2, c4, ptb, or a .txt, .jsonl, .json or .parquet file.")]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]

@@ -35,7 +35,9 @@ LEVELS = {
     7: (
         "gptq_jax.allocation",
         "gptq_jax.bench",
+        "gptq_jax.commands",
         "gptq_jax.comparison",
+        "gptq_jax.correction",
         "gptq_jax.demo",
         "gptq_jax.harness",
         "gptq_jax.planning",
@@ -52,10 +54,13 @@ SAME_LEVEL = {  # what may be imported beside a file on its own level: an order 
     "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
     "gptq_jax.planning": {"gptq_jax.bench"},
     "gptq_jax.allocation": {"gptq_jax.planning"},
+    "gptq_jax.correction": {"gptq_jax.commands"},
     "gptq_jax.cli": {
         "gptq_jax.allocation",
         "gptq_jax.bench",
+        "gptq_jax.commands",
         "gptq_jax.comparison",
+        "gptq_jax.correction",
         "gptq_jax.demo",
         "gptq_jax.harness",
         "gptq_jax.planning",
