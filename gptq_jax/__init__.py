@@ -34,6 +34,7 @@ from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
 from gptq_jax.report import Report
+from gptq_jax.self_calibration import self_windows
 
 __version__ = _version("gptq-jax")
 
@@ -84,6 +85,7 @@ __all__ = [
     "rtn",
     "save",
     "save_lora",
+    "self_windows",
     "smooth",
     "with_lora",
     "write_report",

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gptq_jax.bench import cli as bench
-from gptq_jax.commands import mesh_over, open_float, runnable, window
+from gptq_jax.commands import mesh_over, open_float, put_windows, read_calibration, runnable, window, written_windows
 from gptq_jax.comparison.cli import compare
 from gptq_jax.correction.cli import correct
 from gptq_jax.options import (
@@ -153,9 +153,11 @@ def quantize(
     """
     from dataclasses import replace
 
+    import numpy as np
+
     from gptq_jax.allocation import allocate_bits
     from gptq_jax.by_name import AROUND, make_method
-    from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
+    from gptq_jax.calibration import batches, sample_windows, token_stream
     from gptq_jax.heap import give_back_free_pages, give_back_large_arrays
     from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
@@ -163,12 +165,15 @@ def quantize(
     from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
     from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.report import LayerReport
+    from gptq_jax.self_calibration import SELF
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
-    from gptq_jax.storage.directory import check_target
+    from gptq_jax.storage.directory import beside, check_target
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, count_progress, escape, layer_progress, note, summarize
 
+    if calibration == SELF and coordinator is not None:
+        raise ValueError("--calibration self is for one process: leave out --coordinator, or give a text.")
     _join(coordinator, process_id, processes)
     rules = SpecRules(
         default=QuantSpec(bits=bits, group_size=group_size, symmetric=not asymmetric, scale_dtype="float16"),
@@ -185,12 +190,18 @@ def quantize(
     give_back_large_arrays()
     chosen = make_method(method, options, alpha=alpha)
     check_target(out, overwrite=overwrite)
-    with console.status(f"reading {escape(calibration)}"):
-        text = read_text(calibration)
+    text = read_calibration(calibration)
     source = open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
     specs = layer_specs(source, rules)
     length = window(length, source.config.context_length)
-    windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+    kept = beside(out.resolve(), "unfinished") / "windows.npy"
+    if text is not None:
+        windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+    elif kept.is_file() and not restart:
+        windows = np.load(kept)
+    else:
+        how: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "batch_size": batch_size}
+        windows = written_windows(source, model, dtype, arch_config, **how)
     fit = batches(windows, batch_size)
     if chosen.rewrite is not None:
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
@@ -220,6 +231,8 @@ def quantize(
     }
 
     def opened(there: int, blocks: int) -> None:
+        if text is None and not kept.is_file():
+            put_windows(kept, windows)
         if there:
             note(f"going on with what an interrupted run left: {there} of {blocks} blocks are done")
 

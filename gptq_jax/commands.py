@@ -1,7 +1,11 @@
-"""What commands begin with: a model opened, a window's length, devices."""
+"""What commands begin with: a model opened, calibration read or written, a window's length, devices."""
 
+import io
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
 
 from gptq_jax.options import Dtype
 
@@ -34,6 +38,50 @@ def runnable(
     adapters = None if adapter is None else load_lora(adapter, loaded)
     ready = prepare(loaded) if is_quantized(loaded) else loaded
     return ready if adapters is None else with_lora(ready, adapters)
+
+
+def read_calibration(calibration: str) -> str | None:
+    """The text of `--calibration`; None where the model is to write it."""
+    from gptq_jax.calibration import read_text
+    from gptq_jax.self_calibration import SELF
+    from gptq_jax.terminal import console, escape
+
+    if calibration == SELF:
+        return None
+    with console.status(f"reading {escape(calibration)}"):
+        return read_text(calibration)
+
+
+def written_windows(
+    source: Any,
+    model: str,
+    dtype: Dtype,
+    arch_config: Path | None,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    batch_size: int,
+) -> Int32[np.ndarray, "samples length"]:
+    """Calibration that the model writes, for which it is in memory as a whole, and not afterwards."""
+    from gptq_jax.models.base import Model
+    from gptq_jax.self_calibration import self_windows
+    from gptq_jax.storage.load import load
+    from gptq_jax.terminal import console, count_progress, escape
+
+    with console.status(f"loading {escape(model)}"):
+        loaded = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
+    with count_progress("writing calibration tokens") as show:
+        return self_windows(loaded, samples=samples, length=length, seed=seed, batch_size=batch_size, on_token=show)
+
+
+def put_windows(path: Path, windows: Int32[np.ndarray, "samples length"]) -> None:
+    """Keep windows in a file, for `numpy.load`."""
+    from gptq_jax.storage.directory import put_file
+
+    content = io.BytesIO()
+    np.save(content, windows)
+    put_file(path, content.getvalue())
 
 
 def mesh_over(devices: int | None) -> Any:

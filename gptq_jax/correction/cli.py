@@ -3,11 +3,11 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from gptq_jax.commands import open_float, window
+from gptq_jax.commands import open_float, read_calibration, window, written_windows
 from gptq_jax.options import (
     ArchConfigOption,
     CalibrationOption,
@@ -48,22 +48,26 @@ def correct(
     They are float16 LoRA adapters in PEFT's format: run QUANTIZED with `--adapter`. Takes about as long as quantizing,
     and begins anew after an interruption.
     """
-    from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
-    from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, eora, stacked_experts
+    from gptq_jax.calibration import batches, sample_windows, token_stream
+    from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, corrected_layers, eora, stacked_experts
     from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.load import load
     from gptq_jax.storage.peft import save_lora
     from gptq_jax.terminal import console, count_progress, escape, note
 
     check_target(out, overwrite=overwrite)
-    with console.status(f"reading {escape(calibration)}"):
-        text = read_text(calibration)
+    text = read_calibration(calibration)
     source = open_float(model, dtype, arch_config, whole=False)
     with console.status(f"loading {escape(quantized)}"):
         packed = load(quantized, dtype=str(dtype))
-    stream = token_stream(text, source.tokenizer)
+    corrected_layers(source, packed, rank, targets)  # before anything takes long
     length = window(length, source.config.context_length)
-    fit = batches(sample_windows(stream, samples=samples, length=length, seed=seed), batch_size)
+    if text is None:
+        how: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "batch_size": batch_size}
+        windows = written_windows(source, model, dtype, arch_config, **how)
+    else:
+        windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+    fit = batches(windows, batch_size)
     layers: list[CorrectedLayer] = []
     with count_progress("correcting") as show:
 

@@ -90,7 +90,7 @@ def eora(
             to correct, a model that is not the quantized one's, and what `quantize` says of batches and devices;
             during it: inputs that are not finite or all zero.
     """
-    specs = _corrected_layers(model, quantized, rank, targets)
+    specs = corrected_layers(model, quantized, rank, targets)
     job = job_for(model, batches, None, gptq(), True, None, devices)
     streams, clock = job.open_streams(STREAMED_BYTES, activations), Clock()
     adapters: Adapters = {}
@@ -112,6 +112,47 @@ def eora(
                     on_layer(layer, len(adapters), len(specs))
         task.leave(task.ways(working, None))
     return adapters
+
+
+def corrected_layers(
+    model: Model | CheckpointSource, quantized: Model, rank: int, targets: str
+) -> dict[str, QuantSpec]:
+    """The layers that get factors, each with its grid; arguments, and errors before the work, as for `eora`."""
+    if not (isinstance(model, Model | CheckpointSource) and isinstance(quantized, Model)):
+        raise TypeError("corrections are for supplied architectures: a module of one's own has no places for adapters.")
+    check_no_lora(quantized, "corrected")
+    if holds_prepared(quantized.params):
+        raise ValueError("the quantized model is prepared to run here: correct the one it was prepared from.")
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be positive.")
+    packed = {path: kernel for path, kernel in _packed(quantized).items() if not is_stacked(kernel)}
+    if not packed:
+        raise ValueError(
+            "the quantized model holds no packed layers that could have a correction: give a quantized one."
+        )
+    abstract = model.config.abstract_params()["layers"]
+    if len(abstract) != len(quantized.params["layers"]):
+        raise ValueError(
+            f"the quantized model has {len(quantized.params['layers'])} blocks, the float one {len(abstract)}: "
+            "give the float model that it was made from."
+        )
+    for path, kernel in packed.items():
+        _, index, inside = path.split(".", 2)
+        if kernel.shape != (expected := kernel_of(abstract[int(index)], inside).shape):
+            raise ValueError(
+                f"{path} has shape {kernel.shape} in the quantized model, but {expected} in the float one: "
+                "give the float model that it was made from."
+            )
+    try:
+        found = {path: kernel for path, kernel in packed.items() if re.search(targets, path)}
+    except re.error as error:
+        raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from None
+    if not found:
+        raise ValueError(f"targets={targets!r} matches no packed layer: they are named like {next(iter(packed))!r}.")
+    for path, kernel in found.items():
+        if rank > min(kernel.shape):
+            raise ValueError(f"rank={rank} is more than the {min(kernel.shape)} that {path} can have: use less.")
+    return {path: kernel.spec for path, kernel in found.items()}
 
 
 def stacked_experts(quantized: Model) -> list[str]:
@@ -175,47 +216,6 @@ def _correct(
         return jnp.sqrt(jnp.maximum(jnp.sum(output_energy(error, hessian)), 0.0) / of_weight)
 
     return added, (wide - left).astype(weight.dtype), (relative(error), relative(left))
-
-
-def _corrected_layers(
-    model: Model | CheckpointSource, quantized: Model, rank: int, targets: str
-) -> dict[str, QuantSpec]:
-    """The layers that get factors, each with its grid."""
-    if not (isinstance(model, Model | CheckpointSource) and isinstance(quantized, Model)):
-        raise TypeError("corrections are for supplied architectures: a module of one's own has no places for adapters.")
-    check_no_lora(quantized, "corrected")
-    if holds_prepared(quantized.params):
-        raise ValueError("the quantized model is prepared to run here: correct the one it was prepared from.")
-    if rank < 1:
-        raise ValueError(f"rank={rank} must be positive.")
-    packed = {path: kernel for path, kernel in _packed(quantized).items() if not is_stacked(kernel)}
-    if not packed:
-        raise ValueError(
-            "the quantized model holds no packed layers that could have a correction: give a quantized one."
-        )
-    abstract = model.config.abstract_params()["layers"]
-    if len(abstract) != len(quantized.params["layers"]):
-        raise ValueError(
-            f"the quantized model has {len(quantized.params['layers'])} blocks, the float one {len(abstract)}: "
-            "give the float model that it was made from."
-        )
-    for path, kernel in packed.items():
-        _, index, inside = path.split(".", 2)
-        if kernel.shape != (expected := kernel_of(abstract[int(index)], inside).shape):
-            raise ValueError(
-                f"{path} has shape {kernel.shape} in the quantized model, but {expected} in the float one: "
-                "give the float model that it was made from."
-            )
-    try:
-        found = {path: kernel for path, kernel in packed.items() if re.search(targets, path)}
-    except re.error as error:
-        raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from None
-    if not found:
-        raise ValueError(f"targets={targets!r} matches no packed layer: they are named like {next(iter(packed))!r}.")
-    for path, kernel in found.items():
-        if rank > min(kernel.shape):
-            raise ValueError(f"rank={rank} is more than the {min(kernel.shape)} that {path} can have: use less.")
-    return {path: kernel.spec for path, kernel in found.items()}
 
 
 def _packed(model: Model) -> dict[str, QuantizedTensor]:

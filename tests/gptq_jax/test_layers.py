@@ -30,6 +30,7 @@ LEVELS = {
         "gptq_jax.evaluate",
         "gptq_jax.generate",
         "gptq_jax.inspection",
+        "gptq_jax.self_calibration",
         "gptq_jax.terminal",
     ),
     7: (
@@ -52,8 +53,10 @@ SAME_LEVEL = {  # what may be imported beside a file on its own level: an order 
     "gptq_jax.observe": {"gptq_jax.stream"},
     "gptq_jax.block": {"gptq_jax.observe", "gptq_jax.stream"},
     "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
+    "gptq_jax.self_calibration": {"gptq_jax.generate"},
     "gptq_jax.planning": {"gptq_jax.bench"},
     "gptq_jax.allocation": {"gptq_jax.planning"},
+    "gptq_jax.comparison": {"gptq_jax.commands"},
     "gptq_jax.correction": {"gptq_jax.commands"},
     "gptq_jax.cli": {
         "gptq_jax.allocation",

@@ -71,7 +71,7 @@ def test_corrects_what_eval_and_generate_run(folder, tmp_path):
 
     generate = ("generate", folder / "packed", "--prompt", "the quick", "--max-new-tokens", 8)
     generated = run(*generate, "--adapter", out)
-    of_python = gptq_jax.generate(gptq_jax.with_lora(packed, adapters), "the quick", max_new_tokens=8)
+    of_python = gptq_jax.generate(gptq_jax.with_lora(gptq_jax.prepare(packed), adapters), "the quick", max_new_tokens=8)
     assert generated.stdout == f"{of_python}\n"
 
     again = ("correct", folder / "model", folder / "packed", "--out", out, "--calibration", folder / "text.txt")
