@@ -27,7 +27,7 @@ from gptq_jax.statistics import ROWS_PER_INPUT, ExpertStats, over_experts, solve
 from gptq_jax.stream import Stream
 from gptq_jax.tensor import QuantizedTensor, split_outputs, take_outputs, validate
 
-_MEASURED = 512  # outputs of a layer that are measured at a time
+MEASURED_OUTPUTS = 512  # of a layer, whose losses are found at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +266,7 @@ def _losses(
         measured = over_experts(partial(_losses, spec), weight, tensor, hessian)
         return jax.tree.map(partial(jnp.sum, axis=0), measured)
     d_out = weight.shape[1]
-    size = min(_MEASURED, d_out)
+    size = min(MEASURED_OUTPUTS, d_out)
 
     def measure(k: Array, found: Float[Array, "3 d_out"]) -> Float[Array, "3 d_out"]:
         start = jnp.minimum(k * size, d_out - size)  # the last may begin before the one before it ends

@@ -154,6 +154,7 @@ def refusals(folder: Path) -> dict[str, str]:
     narrow = replace(one.config, hidden_size=60)
     calls = {
         "axis": lambda: load(path, mesh=mesh, rules=down("tensor")),
+        "pairs": lambda: load(path, mesh=mesh, rules={"mlp": "model"}),
         "regex": lambda: load(path, mesh=mesh, rules=(("(", P()),)),
         "groups": lambda: load(path, mesh=mesh, rules=o_proj),
         "words": lambda: place_on_mesh(one.config, columns.params, mesh, o_proj),

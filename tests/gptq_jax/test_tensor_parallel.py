@@ -94,6 +94,7 @@ def test_what_cannot_be_cut_by_inputs_is_cut_by_outputs_and_said(found):
     ("call", "message"),
     {
         "axis": "names the mesh axis 'tensor', but the mesh has ['model']",
+        "pairs": "rules must be pairs of a regex and a jax.sharding.PartitionSpec, but one is 'mlp'",
         "regex": "'(' is not a regular expression",
         "groups": "parts of 16 inputs would cut groups of 32. Give it another rule",
         "words": "parts of 16 inputs would cut packed words (32 inputs at 3 bits)",
