@@ -82,6 +82,15 @@ def written_windows(
         return self_windows(loaded, samples=samples, length=length, seed=seed, batch_size=batch_size, on_token=show)
 
 
+def windows_file(out: Path, source: Any, *, samples: int, length: int, seed: int) -> Path:
+    """Where a run to `out` keeps what `source` writes; windows of other settings have another name."""
+    from gptq_jax.models.identity import digest_json
+    from gptq_jax.storage.directory import beside
+
+    made_of = {"model": source.identity(), "samples": samples, "length": length, "seed": seed}
+    return beside(out.resolve(), "unfinished") / f"windows-{digest_json(made_of)[:16]}.npy"
+
+
 def put_windows(path: Path, windows: Int32[np.ndarray, "samples length"]) -> None:
     """Keep windows in a file, for `numpy.load`."""
     from gptq_jax.storage.directory import put_file
