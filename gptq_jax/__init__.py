@@ -10,8 +10,9 @@ from gptq_jax.tensor import QuantizedTensor
 # methods
 from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
 
-from gptq_jax.methods.base import Rewrite
+from gptq_jax.methods.base import Rewrite, Tuning
 from gptq_jax.rewrites import awq, hadamard, smooth
+from gptq_jax.tuning import block_tuning, learned_rounding
 
 # models and checkpoints
 from gptq_jax.hooks.registry import register_layer
@@ -55,9 +56,11 @@ __all__ = [
     "Solution",
     "SpecRules",
     "StoreSink",
+    "Tuning",
     "adapt",
     "allocate_bits",
     "awq",
+    "block_tuning",
     "calibration_batches",
     "compare",
     "compare_methods",
@@ -70,6 +73,7 @@ __all__ = [
     "gptq_solve",
     "hadamard",
     "hqq",
+    "learned_rounding",
     "load",
     "load_lora",
     "lora",

@@ -50,6 +50,12 @@ class Activations:
             return self._states[index]
         return jax.tree.map(self._read, self._states[index], is_leaf=_is_slot)
 
+    def rows(self, index: int, rows: slice) -> Any:
+        """Some rows of the arrays of a state; no more are read."""
+        if self._file is None:
+            return jax.tree.map(lambda array: array[rows], self._states[index])
+        return jax.tree.map(lambda slot: self._read(slot, rows), self._states[index], is_leaf=_is_slot)
+
     def __setitem__(self, index: int, state: Any) -> None:
         if self._file is None:
             self._states[index] = state
@@ -78,8 +84,8 @@ class Activations:
         assert self._file is not None
         return np.memmap(self._file, slot.dtype, mode, slot.offset, slot.shape)
 
-    def _read(self, slot: Slot) -> Shaped[np.ndarray, "..."]:
-        return np.array(self._map(slot, "r"))
+    def _read(self, slot: Slot, rows: slice | None = None) -> Shaped[np.ndarray, "..."]:
+        return np.array(self._map(slot, "r") if rows is None else self._map(slot, "r")[rows])
 
 
 def _is_slot(node: Any) -> bool:

@@ -90,7 +90,9 @@ def allocate_bits(
         raise ValueError(f"bits={bits!r} is empty: give candidates, e.g. {BITS}.")
     if not 0 < target_bpw < math.inf:
         raise ValueError(f"target_bpw={target_bpw} must be a positive number of bits per weight.")
-    job = job_for(source, batches, spec, method, True, min_expert_tokens, devices)
+    # Tuning comes after solving, and is of whole blocks.
+    solving = None if method is None else method._replace(tuning=None)
+    job = job_for(source, batches, spec, solving, True, min_expert_tokens, devices)
     candidates = _candidates(job, sorted(set(bits)))
     _check_least(job, candidates, target_bpw)
 

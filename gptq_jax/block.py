@@ -3,7 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,17 +15,18 @@ from jaxtyping import Array, Float
 from gptq_jax.clock import Clock
 from gptq_jax.hessian import output_energy
 from gptq_jax.hooks.nnx import Params, kernel_of, with_kernel
-from gptq_jax.methods.base import Method, Solution, with_hessian
+from gptq_jax.methods.base import Method, Solution, Tuning, with_hessian
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.quantizable import Block
 from gptq_jax.observe import Group, Observed, Way, look_again, observe
 from gptq_jax.parallel import DataParallel
 from gptq_jax.parallel.by_outputs import Outputs, by_outputs
-from gptq_jax.report import ExpertsReport, LayerReport
+from gptq_jax.report import ExpertsReport, LayerReport, TuningReport
 from gptq_jax.spec import QuantSpec
 from gptq_jax.statistics import ROWS_PER_INPUT, ExpertStats, over_experts, solve_experts
-from gptq_jax.stream import Stream
+from gptq_jax.stream import Examples, Stream
 from gptq_jax.tensor import QuantizedTensor, split_outputs, take_outputs, validate
+from gptq_jax.tuning.fit import tune
 
 MEASURED_OUTPUTS = 512  # of a layer, whose losses are found at a time
 
@@ -38,7 +39,8 @@ class BlockTask:
         block: which.
         specs: the grid of each linear layer by path inside the block; None stays float.
         method: the quantization method.
-        streams: that of the model as it is quantized so far, and that of the float model if the method asks for it.
+        streams: that of the model as it is quantized so far, and that of the float model if the method or its tuning
+            asks for it.
         true_sequential: layers see their quantized predecessors inside the block.
         min_expert_tokens: as for `quantize`.
         clock: where seconds are counted.
@@ -83,6 +85,10 @@ class BlockTask:
         """The streams with the parameters that each is to see."""
         return [Way(self.streams[0], working), *(Way(stream, floats) for stream in self.streams[1:] if floats)]
 
+    def watched(self, ways: Sequence[Way]) -> Sequence[Way]:
+        """Those of `ways` on which the method looks at inputs of layers."""
+        return ways if self.method.needs_float_inputs else ways[:1]
+
     def leave(self, ways: Sequence[Way]) -> None:
         """Go on to the states after the block."""
         with self.clock("forward"):
@@ -103,11 +109,12 @@ def quantize_block(task: BlockTask, done: Callable[[LayerReport], None]) -> Para
     packed = task.read()
     floats = packed if len(task.streams) > 1 else None
     dtypes = {path: kernel_of(packed, path).dtype for path in task.paths()}
+    solved: dict[str, LayerReport] = {}
     for stage in task.stages():
         observed = observe(
             task.block,
             task.method,
-            task.ways(_dequantized(packed, dtypes), floats),
+            task.watched(task.ways(_dequantized(packed, dtypes), floats)),
             stage,
             keep=task.true_sequential,
             clock=task.clock,
@@ -116,8 +123,19 @@ def quantize_block(task: BlockTask, done: Callable[[LayerReport], None]) -> Para
         for group, said in zip(stage, observed, strict=True):
             for path, tensor, report in solve_group(task, packed, group, said):
                 packed = with_kernel(packed, path, tensor)
-                done(report)
-    task.leave(task.ways(_dequantized(packed, dtypes), floats))
+                if task.method.tuning is None:
+                    done(report)
+                else:
+                    solved[path] = report
+    if task.method.tuning is None:
+        task.leave(task.ways(_dequantized(packed, dtypes), floats))
+        return packed
+    assert floats is not None  # a tuning comes with a float stream
+    tuned, change = _tune(task, task.method.tuning, packed, floats)
+    for path, report in solved.items():
+        packed = with_kernel(packed, path, tuned[path])
+        done(replace(report, nbytes=tuned[path].nbytes, tuning=change))
+    task.leave(task.ways(_dequantized(packed, dtypes), floats)[:1])
     return packed
 
 
@@ -132,11 +150,27 @@ def replay_block(task: BlockTask, packed: Params) -> None:
     dtypes = {path: kernel_of(floats, path).dtype for path in task.paths()}
     working = _dequantized(task.parallel.replicate(packed), dtypes)
     ways = task.ways(working, floats if len(task.streams) > 1 else None)
-    if task.true_sequential:
-        # Stage by stage, for these are the programs that computed the inputs.
+    # Stage by stage, for these are the programs that computed the inputs; a tuned block ran as a whole in the end.
+    again = task.watched(ways)[0 if task.method.tuning is None else 1 :]
+    if task.true_sequential and again:
         for stage in task.stages():
-            look_again(task.block, ways, stage, clock=task.clock)
+            look_again(task.block, again, stage, clock=task.clock)
     task.leave(ways)
+
+
+def _tune(
+    task: BlockTask, tuning: Tuning, packed: Params, floats: Params
+) -> tuple[dict[str, QuantizedTensor], TuningReport]:
+    """The packed kernels by path, tuned on one device; first the float stream goes through the block, as the target."""
+    quantized, target = task.streams
+    task.leave([Way(target, floats)])
+    quantized.forget()
+    weights = {path: kernel_of(floats, path) for path in task.paths()}
+    examples = Examples(quantized.windows(), quantized.states, target.states)
+    with task.clock("tune"):
+        params, weights = task.parallel.on_one((packed, weights))
+        tuned = tune(tuning, task.block.forward, params, weights, examples)
+    return task.parallel.replicate(tuned.tensors), TuningReport(before=tuned.before, after=tuned.after)
 
 
 def _dequantized(params: Params, dtypes: Mapping[str, Any]) -> Params:

@@ -8,17 +8,20 @@ from typing import Any
 
 from gptq_jax.methods import METHODS, Method, coordinate_descent, qep
 from gptq_jax.rewrites import REWRITES
+from gptq_jax.tuning import TUNINGS
 
 # Methods that take the one they go around.
 AROUND: Mapping[str, Callable[..., Method]] = {"qep": qep, "descent": coordinate_descent}
+# What a name goes around that comes last, where that is possible. Learned rounding begins at rounding to nearest.
+ALONE: Mapping[str, str] = {"qep": "gptq", "descent": "gptq", "tune": "gptq", "autoround": "rtn"}
 
 
 def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = None) -> Method:
     """The method called `name`, alone or with others around it, the outermost first: "hadamard+qep+descent+gptq".
 
     Args:
-        name: the last is in METHODS, or `module:factory`, which returns a method; those before it are in AROUND or
-            REWRITES. "qep" alone goes around gptq.
+        name: the last is in METHODS, or `module:factory`, which returns a method; those before it are in AROUND,
+            REWRITES or TUNINGS. "qep" and "tune" alone go around gptq, "autoround" around rtn.
         options: that the last is called with.
         alpha: of qep or gptaq; None for their own.
 
@@ -26,11 +29,10 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
         ValueError: there is no such method, the factory returns none, or nothing takes `alpha`.
         ImportError: the module cannot be imported.
     """
-    *outer, inner = name.split("+")
-    if inner in AROUND:
-        outer, inner = [*outer, inner], "gptq"
-    if unknown := [part for part in outer if part not in AROUND and part not in REWRITES]:
-        raise ValueError(f"--method {name!r}: {unknown[0]!r} is none of {', '.join((*AROUND, *REWRITES))}.")
+    *outer, inner = whole(name).split("+")
+    known = (*AROUND, *REWRITES, *TUNINGS)
+    if unknown := [part for part in outer if part not in known]:
+        raise ValueError(f"--method {name!r}: {unknown[0]!r} is none of {', '.join(known)}.")
     if alpha is not None and "qep" not in outer and inner != "gptaq":
         raise ValueError(f"--alpha {alpha} goes with qep or gptaq, not with --method {name!r}.")
     method = _innermost(inner, {**options, "alpha": alpha} if alpha is not None and inner == "gptaq" else options)
@@ -39,9 +41,19 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
             if method.rewrite is not None:
                 raise ValueError(f"--method {name!r} rewrites the model twice: leave out {part!r} or the other.")
             method = method._replace(rewrite=REWRITES[part]())
+        elif part in TUNINGS:
+            if method.tuning is not None:
+                raise ValueError(f"--method {name!r} tunes each block twice: leave out {part!r} or the other.")
+            method = method._replace(tuning=TUNINGS[part]())
         else:
             method = AROUND[part](method, **({"alpha": alpha} if part == "qep" and alpha is not None else {}))
     return method
+
+
+def whole(name: str) -> str:
+    """The name with the method it goes around where it leaves that out: "tune+qep" is "tune+qep+gptq"."""
+    last = name.rpartition("+")[2]
+    return f"{name}+{ALONE[last]}" if last in ALONE else name
 
 
 def _innermost(name: str, options: Mapping[str, Any]) -> Method:

@@ -107,9 +107,16 @@ def quantize(
         typer.Option(
             help="gptq; qep or gptaq: also make up for earlier layers; rtn: round to nearest; hqq: fit zero points; or "
             "module:factory, a function of yours. Before it, joined by +: hadamard, awq or smooth, which rewrite the "
-            "model, qep, and descent, which improves codes: hadamard+qep+gptq."
+            "model, qep, and descent, which improves codes; tune or autoround, which then learn the scales or the "
+            "rounding of each block: hadamard+tune+qep+gptq."
         ),
     ] = "gptq",
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Then move each block's scales by gradient descent towards the float block: tune+METHOD."
+        ),
+    ] = False,
     alpha: Annotated[float | None, typer.Option(help="How much qep or gptaq make up for. [0.5; gptaq: 0.25]")] = None,
     order: Annotated[Order, typer.Option(help="Which inputs are rounded first.")] = Order.activation,
     static_groups: Annotated[
@@ -165,7 +172,7 @@ def quantize(
     import numpy as np
 
     from gptq_jax.allocation import allocate_bits
-    from gptq_jax.by_name import AROUND, make_method
+    from gptq_jax.by_name import make_method, whole
     from gptq_jax.calibration import batches, sample_windows, token_stream
     from gptq_jax.heap import give_back_free_pages, give_back_large_arrays
     from gptq_jax.methods import METHODS
@@ -190,8 +197,9 @@ def quantize(
         overrides=tuple(parse_override(text) for text in override or ()),
     )
     options: dict[str, Any] = {}
-    last = method.rpartition("+")[2]
-    if last in ("gptq", "gptaq", *AROUND):
+    method = f"tune+{method}" if tune else method
+    last = whole(method).rpartition("+")[2]
+    if last in ("gptq", "gptaq"):
         options = {"order": str(order), "static_groups": static_groups, "damping": damp}
         options["grid"] = str(grid or GridName.ldl)
     elif last in METHODS:

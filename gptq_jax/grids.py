@@ -112,7 +112,7 @@ def grid_of(tensor: QuantizedTensor) -> Grid:
     return Grid(scale, jnp.full_like(scale, middle) if tensor.zeros is None else tensor.zeros.astype(jnp.float32))
 
 
-def representable(scale: Float[Array, "d_out"], spec: QuantSpec) -> Float[Array, "d_out"]:
+def representable(scale: Float[Array, "*groups d_out"], spec: QuantSpec) -> Float[Array, "*groups d_out"]:
     """Round to the stored dtype, so that codes are chosen for the scales that will be used; never to zero."""
     dtype = jnp.dtype(spec.scale_dtype or "float32")
     least, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)

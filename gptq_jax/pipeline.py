@@ -15,7 +15,7 @@ from gptq_jax.clock import Clock
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.matmul import is_packed
 from gptq_jax.methods.base import Method
-from gptq_jax.methods.contract import check_statistics
+from gptq_jax.methods.contract import check_statistics, check_tuning
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.models.identity import digest_arrays
 from gptq_jax.models.quantizable import Block, BlockModel, BlockSource, Calibration
@@ -201,7 +201,7 @@ class Job:
         """For the report."""
         return {
             "method": self.method.name,
-            **dict(self.method.settings),
+            **self.method.all_settings,
             "true_sequential": self.true_sequential,
             **({} if self.min_expert_tokens is None else {"min_expert_tokens": self.min_expert_tokens}),
         }
@@ -225,7 +225,7 @@ class Job:
 
     def open_streams(self, budget: int, directory: str | PathLike[str] | None = None) -> list[Stream]:
         """The calibration before the first block, once for each way through it; `budget` bytes are shared by all."""
-        count = 2 if self.method.needs_float_inputs else 1
+        count = 2 if self.method.needs_float_inputs or self.method.tuning is not None else 1
         shapes = [str(jax.tree.map(np.shape, batch.tokens)) for batch in self.batches]
         first = open_stream(self.calibration, shapes, self.parallel, budget=budget // count, directory=directory)
         return [first, *(fork(first, directory) for _ in range(count - 1))]
@@ -262,6 +262,13 @@ def job_for(
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
     method = gptq() if method is None else method
     check_statistics(method)
+    if method.tuning is not None:
+        check_tuning(method.tuning)
+    if method.tuning is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"method {method.name!r} has the tuning {method.tuning.name!r}, which one process does: run it in one, or "
+            "leave the tuning out."
+        )
     if isinstance(source, BlockModel) and is_quantized(source):
         raise ValueError(QUANTIZED)
     pairs = [batch if isinstance(batch, Batch) else Batch(batch) for batch in batches]

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -38,8 +39,23 @@ class ExpertsReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningReport:
+    """What tuning made of a block's error on the calibration; see `tuning.fit.block_error`.
+
+    Attributes:
+        before: of its layers as they were solved.
+        after: as they are stored; never more.
+    """
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """One quantized weight, or those of stacked experts, whose losses are summed.
+
+    Losses and errors are those of solving: what tuning did after that is known of the whole block only.
 
     Attributes:
         path: of the layer, like "layers.3.mlp.down_proj".
@@ -56,6 +72,7 @@ class LayerReport:
         seconds: solving, shared evenly among layers solved as one.
         nbytes: of the packed weight.
         experts: None for a layer without.
+        tuning: of the block that the layer is in; None: it was not tuned.
     """
 
     path: str
@@ -72,6 +89,7 @@ class LayerReport:
     seconds: float = 0.0
     nbytes: int
     experts: ExpertsReport | None = None
+    tuning: TuningReport | None = None
 
     @property
     def weights(self) -> int:
@@ -86,7 +104,7 @@ class Report:
     Attributes:
         layers: in the order they were solved.
         kept_float: path -> why.
-        seconds: stage -> wall time: "read" (a block), "forward", "hessian", "solve", "measure", "write".
+        seconds: stage -> wall time: "read" (a block), "forward", "hessian", "solve", "measure", "tune", "write".
         settings: as they were asked for.
         peak_bytes: of the process's memory, at its end.
     """
@@ -111,6 +129,14 @@ class Report:
     def loss(self) -> float:
         """Sum of all layers' losses."""
         return sum(layer.loss for layer in self.layers)
+
+    @property
+    def tuned(self) -> TuningReport | None:
+        """The mean over layers of what tuning did to their blocks; None: nothing was tuned."""
+        found = [layer.tuning for layer in self.layers if layer.tuning is not None]
+        if not found:
+            return None
+        return TuningReport(before=fmean(each.before for each in found), after=fmean(each.after for each in found))
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -161,7 +187,9 @@ def layer_report(data: Mapping[str, Any]) -> LayerReport:
     if experts is not None:
         lists = {name: tuple(value) for name, value in experts.items() if isinstance(value, list)}
         experts = ExpertsReport(**{**experts, **lists})
-    return LayerReport(**{**data, "spec": QuantSpec(**data["spec"]), "experts": experts})
+    tuning = data.get("tuning")
+    tuning = None if tuning is None else TuningReport(**tuning)
+    return LayerReport(**{**data, "spec": QuantSpec(**data["spec"]), "experts": experts, "tuning": tuning})
 
 
 def expert_lines(layers: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from gptq_jax.hooks.nnx import Input, Params
 from gptq_jax.models.quantizable import Calibration, Forward
 from gptq_jax.parallel import DataParallel
 from gptq_jax.parallel.data import on_host
+from gptq_jax.tuning.fit import Example
 
 Inputs = dict[str, Input]  # of linear layers by path
 
@@ -43,6 +44,24 @@ class Round:
         return places * int(self.live.sum()) // self.live.size
 
 
+class Window(NamedTuple):
+    """Part of the calibration.
+
+    Attributes:
+        number: of the round.
+        rows: of its states; None: all of them.
+        mask: True for real tokens, on the host; None if all are.
+    """
+
+    number: int
+    rows: slice | None
+    mask: Bool[np.ndarray, "rows time"] | None
+
+    def of(self, states: Activations) -> Any:
+        """This part of `states`."""
+        return states[self.number] if self.rows is None else states.rows(self.number, self.rows)
+
+
 @dataclass(kw_only=True)
 class Stream:
     """What the blocks done so far make of the calibration, and what the layers of the next are fed.
@@ -54,12 +73,14 @@ class Stream:
         states: before the block, of each round.
         parallel: the devices.
         budget: bytes of inputs that are kept while a block is solved; beyond it they are computed again.
+        by_rows: states have the rows of the batch first.
     """
 
     rounds: Sequence[Round]
     states: Activations
     parallel: DataParallel
     budget: int
+    by_rows: bool
     known: list[Inputs] = field(default_factory=list)
 
     def capture(
@@ -102,6 +123,25 @@ class Stream:
         if before is not None:
             self.states[before[0]] = self.parallel.fetch(before[1])
 
+    def forget(self) -> None:
+        """Drop inputs that are kept: layers that computed them have changed."""
+        self.known = []
+
+    def windows(self) -> list[Window]:
+        """Where the calibration is cut into the least parts that can run alone, less those that are all padding."""
+        found = []
+        for number, this in enumerate(self.rounds):
+            mask = None if this.mask is None else np.asarray(this.mask)
+            cuts: list[slice | None] = [None]
+            if self.by_rows:
+                rows = this.real(len(jax.tree.leaves(self.states[number])[0]))
+                cuts = [slice(row, row + 1) for row in range(rows)]
+            for cut in cuts:
+                part = mask if mask is None or cut is None else mask[cut]
+                if part is None or part.any():
+                    found.append(Window(number, cut, part))
+        return found
+
     def _fed(self) -> Iterator[tuple[int, Any]]:
         """The states on the devices, the next on its way while one is worked on."""
         ahead = self.parallel.feed(self.states[0])
@@ -110,6 +150,29 @@ class Stream:
             if number + 1 < len(self.states):
                 ahead = self.parallel.feed(self.states[number + 1])
             yield number, x
+
+
+@dataclass(frozen=True)
+class Examples(Sequence[Example]):
+    """What a block is tuned on, read when it is asked for.
+
+    Attributes:
+        windows: of the calibration.
+        states: before the block, in the model as it is quantized so far.
+        targets: after it, in the float model.
+    """
+
+    windows: Sequence[Window]
+    states: Activations
+    targets: Activations
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: Any) -> Any:
+        window = self.windows[index]
+        example = Example(window.of(self.states), window.of(self.targets), window.mask)
+        return jax.tree.map(jax.numpy.asarray, example)
 
 
 def open_stream(
@@ -147,7 +210,8 @@ def open_stream(
                 live=np.arange(parallel.size) < len(numbers),
             )
         )
-    return Stream(rounds=rounds, states=states, parallel=parallel, budget=budget)
+    by_rows = calibration.one_device is None
+    return Stream(rounds=rounds, states=states, parallel=parallel, budget=budget, by_rows=by_rows)
 
 
 def fork(stream: Stream, directory: str | PathLike[str] | None = None) -> Stream:

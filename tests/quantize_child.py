@@ -14,7 +14,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from tiny_quantization import float_model  # noqa: E402
 
-from gptq_jax import QuantizedTensor, QuantSpec, gptq, qep, quantize  # noqa: E402
+from gptq_jax import QuantizedTensor, QuantSpec, gptq, learned_rounding, qep, quantize  # noqa: E402
 from gptq_jax.calibration import Batch  # noqa: E402
 from pallas_kernels.packing import unpack  # noqa: E402
 
@@ -27,6 +27,11 @@ SPEC = QuantSpec(bits=3, group_size=24, symmetric=False, scale_dtype="float16")
 MODELS = {
     "gptq": (lambda: float_model(layers=2), gptq(grid="minmax"), (2, 4, 8)),
     "qep": (lambda: float_model(layers=2), qep(gptq(grid="minmax")), (4,)),
+    "tuned": (
+        lambda: float_model(layers=2),
+        gptq(grid="minmax")._replace(tuning=learned_rounding(epochs=1)),
+        (3,),
+    ),
     "experts": (lambda: expert_models.float_model("mixtral"), gptq(grid="minmax"), (3,)),
 }
 

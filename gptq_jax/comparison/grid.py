@@ -205,7 +205,7 @@ def _making(method: Method) -> dict[str, Any]:
         source = None if file is None or package in Path(file).parents else digest(Path(file))
     except (TypeError, OSError):  # a callable without code of its own, or code that was typed in
         source = None
-    return {"name": method.name, "settings": dict(method.settings), "source": source}
+    return {"name": method.name, "settings": method.all_settings, "source": source}
 
 
 def _check_makings(makings: Mapping[str, Mapping[str, Any]], results: Mapping[Cell, CellResult]) -> None:

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Integer
 
 from gptq_jax import grids
@@ -14,6 +15,7 @@ from gptq_jax.tensor import QuantizedTensor
 from pallas_kernels.packing import pack
 
 Stats = Any  # a pytree of arrays
+Variables = Any  # a pytree of arrays
 
 
 class LayerBatch(NamedTuple):
@@ -54,6 +56,30 @@ class Rewrite(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()
 
 
+class Tuning(NamedTuple):
+    """Gradient descent on what a block's packed weights are made of, once its layers are solved.
+
+    The block's outputs are brought nearer to those of the float block. Functions are of one weight; those of stacked
+    experts are mapped over.
+
+    Attributes:
+        start: (weight [d_in, d_out] float32, QuantizedTensor) -> Variables: what moves, at values that change nothing.
+        values: (Variables, weight, QuantizedTensor) -> codes [d_in, d_out] and `Grid`, float32 but exactly what will be
+            stored; `straight_through` lets gradients pass where they are rounded.
+        optimizer: (steps) -> optax.GradientTransformation of all layers' Variables, a dict by path.
+        epochs: passes over the calibration, each window one step.
+        name: for reports.
+        settings: what it was made with, by name, for the report.
+    """
+
+    start: Callable[[Array, QuantizedTensor], Variables]
+    values: Callable[[Variables, Array, QuantizedTensor], tuple[Array, grids.Grid]]
+    optimizer: Callable[[int], optax.GradientTransformation]
+    epochs: int
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
 class Method(NamedTuple):
     """A quantization method. Adding one needs no registration: pass the value as `method=`.
 
@@ -69,6 +95,7 @@ class Method(NamedTuple):
         needs_float_inputs: batches carry `x_float`, which takes a second pass through the model.
         independent_outputs: `solve` treats each output by itself, so that devices can share them.
         rewrite: of the model, before: `gptq()._replace(rewrite=hadamard())`.
+        tuning: of each block, after: `gptq()._replace(tuning=block_tuning())`.
     """
 
     init: Callable[[int, int], Stats]
@@ -80,6 +107,15 @@ class Method(NamedTuple):
     needs_float_inputs: bool = False
     independent_outputs: bool = False
     rewrite: Rewrite | None = None
+    tuning: Tuning | None = None
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """Its own and those of its tuning, for reports."""
+        if self.tuning is None:
+            return dict(self.settings)
+        tuning = {f"tuning_{name}": value for name, value in self.tuning.settings}
+        return {**dict(self.settings), "tuning": self.tuning.name, **tuning}
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""What a method promises of its statistics, tried on a few numbers before the long work."""
+"""What a method promises of its statistics and its tuning, tried on a few numbers before the long work."""
 
 from functools import lru_cache
 from typing import Any
@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from gptq_jax.methods.base import LayerBatch, Method
+from gptq_jax.methods.base import LayerBatch, Method, Tuning
+from gptq_jax.methods.rtn import round_to_nearest
+from gptq_jax.spec import QuantSpec
 
 _D_IN, _D_OUT = 8, 4
 
@@ -41,6 +44,34 @@ def check_statistics(method: Method) -> None:
                 f"{whose}: update must add to its statistics: two batches gave something else than the sum of what "
                 "each gives, and devices could not add up theirs."
             )
+
+
+@lru_cache
+def check_tuning(tuning: Tuning) -> None:
+    """Raise ValueError saying which promise of `Tuning` its functions break.
+
+    Before the first step they give the packed weight as it is; codes and grid are float32 arrays of its shapes; the
+    optimizer is one of optax, or like it.
+    """
+    whose = f"tuning {tuning.name!r}"
+    weight = jnp.asarray(np.random.default_rng(0).standard_normal((_D_IN, _D_OUT)), jnp.float32)
+    for symmetric in (True, False):
+        spec = QuantSpec(bits=4, group_size=_D_IN // 2, symmetric=symmetric)
+        tensor = round_to_nearest(weight, spec)
+        variables = tuning.start(weight, tensor)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+            if not isinstance(leaf, jax.Array) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+                where = f"variables{jax.tree_util.keystr(path)} of {getattr(leaf, 'dtype', type(leaf).__name__)}"
+                raise ValueError(f"{whose}: start returned {where}, but must return a pytree of floating arrays.")
+        codes, grid = tuning.values(variables, weight, tensor)
+        shapes = codes.shape, grid.scale.shape, grid.zero.shape
+        if shapes != (wanted := (weight.shape, tensor.scales.shape, tensor.scales.shape)):
+            raise ValueError(f"{whose}: values returned codes, scales and zeros of {shapes}, but must keep {wanted}.")
+        found = (codes - jnp.repeat(grid.zero, 4, axis=0)) * jnp.repeat(grid.scale, 4, axis=0)
+        if not np.allclose(found, tensor.dequantize(), rtol=1e-5, atol=1e-6):
+            raise ValueError(f"{whose}: values of what start returned are another weight, but must be the one packed.")
+        if not isinstance(made := tuning.optimizer(1), optax.GradientTransformation):
+            raise ValueError(f"{whose}: optimizer returned {type(made).__name__}, not an optax.GradientTransformation.")
 
 
 def _batch(rng: np.random.Generator, tokens: int, with_float: bool) -> LayerBatch:

@@ -94,6 +94,10 @@ class DataParallel:
             return jax.device_put(tree, sharding)
         return jax.tree.map(lambda leaf: place(leaf, sharding), tree)
 
+    def on_one(self, tree: Tree) -> Tree:
+        """What `replicate` put on every device, on the first alone; in one process."""
+        return tree if self.mesh is None else jax.device_put(tree, self.mesh.devices.flat[0])
+
     def shard(self, batch: Shaped[np.ndarray, "rows ..."]) -> Shaped[Array, "..."]:
         """Rows cut evenly over the devices, of whose number they are a multiple; each process gives all of them."""
         if self.mesh is None:

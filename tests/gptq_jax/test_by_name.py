@@ -4,6 +4,7 @@ import pytest
 
 from gptq_jax.by_name import make_method
 from gptq_jax.methods import coordinate_descent, gptaq, gptq, qep, rtn
+from gptq_jax.tuning import block_tuning, learned_rounding
 
 
 def test_names_compose_from_the_outside_in():
@@ -12,6 +13,11 @@ def test_names_compose_from_the_outside_in():
     assert make_method("qep+descent+gptq", {}, alpha=0.75) is qep(coordinate_descent(gptq()), alpha=0.75)
     assert make_method("descent+rtn", {}) is coordinate_descent(rtn())
     assert make_method("gptaq", {}, alpha=0.5) is gptaq(alpha=0.5)
+    assert make_method("tune", {}) == gptq()._replace(tuning=block_tuning())
+    assert make_method("tune+qep", {"order": "natural"}).tuning is block_tuning()
+    assert make_method("autoround", {"grid": "mse"}) == rtn(grid="mse")._replace(tuning=learned_rounding())
+    assert make_method("qep+autoround+gptq", {}).name == "qep"
+    assert make_method("qep+autoround+gptq", {}).tuning is learned_rounding()
     found = make_method("awq+rtn", {})
     assert found.rewrite.name == "awq"
     assert found._replace(rewrite=None) == rtn()
@@ -24,6 +30,7 @@ def test_names_compose_from_the_outside_in():
         ("best", None, "'best' is none of gptq"),
         ("best+gptq", None, "'best' is none of qep, descent, hadamard"),
         ("awq+hadamard+rtn", None, "rewrites the model twice"),
+        ("tune+autoround+gptq", None, "tunes each block twice: leave out 'tune'"),
         ("gptq", 0.5, "--alpha 0.5 goes with qep or gptaq"),
         ("qep+gptaq", None, "makes up for earlier layers itself"),
     ],

@@ -11,7 +11,7 @@ LEVELS = {
     1: ("gptq_jax.tensor",),
     2: ("gptq_jax.grids", "gptq_jax.hessian", "gptq_jax.matmul"),
     3: ("gptq_jax.hooks",),
-    4: ("gptq_jax.methods", "gptq_jax.models", "gptq_jax.rewrites"),
+    4: ("gptq_jax.methods", "gptq_jax.models", "gptq_jax.rewrites", "gptq_jax.tuning"),
     5: (
         "gptq_jax.by_name",
         "gptq_jax.report",
@@ -48,6 +48,7 @@ LEVELS = {
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 SAME_LEVEL = {  # what may be imported beside a file on its own level: an order inside it
     "gptq_jax.rewrites": {"gptq_jax.methods", "gptq_jax.models"},
+    "gptq_jax.tuning": {"gptq_jax.methods", "gptq_jax.models"},
     "gptq_jax.spec": {"pallas_kernels"},
     "gptq_jax.storage": {"gptq_jax.parallel", "gptq_jax.report"},
     "gptq_jax.observe": {"gptq_jax.stream"},
