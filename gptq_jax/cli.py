@@ -13,7 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from gptq_jax.bench import cli as bench
-from gptq_jax.commands import mesh_over, open_float, put_windows, read_calibration, runnable, window, written_windows
+from gptq_jax.commands import (
+    mesh_over,
+    open_float,
+    put_windows,
+    read_calibration,
+    runnable,
+    window,
+    windows_file,
+    written_windows,
+)
 from gptq_jax.comparison.cli import compare
 from gptq_jax.correction.cli import correct
 from gptq_jax.options import (
@@ -174,7 +183,7 @@ def quantize(
     from gptq_jax.report import LayerReport
     from gptq_jax.self_calibration import SELF
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
-    from gptq_jax.storage.directory import beside, check_target
+    from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, count_progress, escape, layer_progress, note, summarize
@@ -202,14 +211,14 @@ def quantize(
     source = open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
     specs = layer_specs(source, rules)
     length = window(length, source.config.context_length)
-    kept = beside(out.resolve(), "unfinished") / "windows.npy"
+    how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
+    kept = windows_file(out, source, **how) if text is None else None
     if text is not None:
-        windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
-    elif kept.is_file() and not restart:
+        windows = sample_windows(token_stream(text, source.tokenizer), **how)
+    elif kept is not None and kept.is_file() and not restart:
         windows = np.load(kept)
     else:
-        how: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "batch_size": batch_size}
-        windows = written_windows(source, model, dtype, arch_config, **how)
+        windows = written_windows(source, model, dtype, arch_config, batch_size=batch_size, **how)
     fit = batches(windows, batch_size)
     if chosen.rewrite is not None:
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
@@ -239,7 +248,7 @@ def quantize(
     }
 
     def opened(there: int, blocks: int) -> None:
-        if text is None and not kept.is_file():
+        if kept is not None and not kept.is_file():
             put_windows(kept, windows)
         if there:
             note(f"going on with what an interrupted run left: {there} of {blocks} blocks are done")

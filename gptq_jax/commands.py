@@ -27,7 +27,10 @@ def open_float(model: str, dtype: Dtype, arch_config: Path | None, *, whole: boo
 def runnable(
     model: str, dtype: Dtype, arch_config: Path | None = None, mesh: Any = None, adapter: Path | None = None
 ) -> Any:
-    """The model, its packed weights as they run here, or cut over the devices of a mesh; with LoRA adapters beside."""
+    """The model, its packed weights as they run here, or cut over a mesh; with LoRA adapters, which no mesh cuts."""
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
     from gptq_jax.models.lora import with_lora
     from gptq_jax.models.prepared import prepare
     from gptq_jax.pipeline import is_quantized
@@ -35,9 +38,13 @@ def runnable(
     from gptq_jax.storage.peft import load_lora
 
     loaded = load(model, dtype=str(dtype), arch_config=arch_config, mesh=mesh)
-    adapters = None if adapter is None else load_lora(adapter, loaded)
     ready = prepare(loaded) if is_quantized(loaded) else loaded
-    return ready if adapters is None else with_lora(ready, adapters)
+    if adapter is None:
+        return ready
+    adapters = load_lora(adapter, loaded)
+    return with_lora(
+        ready, adapters if mesh is None else jax.device_put(adapters, NamedSharding(mesh, PartitionSpec()))
+    )
 
 
 def read_calibration(calibration: str) -> str | None:
@@ -73,6 +80,15 @@ def written_windows(
         loaded = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
     with count_progress("writing calibration tokens") as show:
         return self_windows(loaded, samples=samples, length=length, seed=seed, batch_size=batch_size, on_token=show)
+
+
+def windows_file(out: Path, source: Any, *, samples: int, length: int, seed: int) -> Path:
+    """Where a run to `out` keeps what `source` writes; windows of other settings have another name."""
+    from gptq_jax.models.identity import digest_json
+    from gptq_jax.storage.directory import beside
+
+    made_of = {"model": source.identity(), "samples": samples, "length": length, "seed": seed}
+    return beside(out.resolve(), "unfinished") / f"windows-{digest_json(made_of)[:16]}.npy"
 
 
 def put_windows(path: Path, windows: Int32[np.ndarray, "samples length"]) -> None:

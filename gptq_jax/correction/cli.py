@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -62,11 +62,11 @@ def correct(
         packed = load(quantized, dtype=str(dtype))
     corrected_layers(source, packed, rank, targets)  # before anything takes long
     length = window(length, source.config.context_length)
+    how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
     if text is None:
-        how: dict[str, Any] = {"samples": samples, "length": length, "seed": seed, "batch_size": batch_size}
-        windows = written_windows(source, model, dtype, arch_config, **how)
+        windows = written_windows(source, model, dtype, arch_config, batch_size=batch_size, **how)
     else:
-        windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+        windows = sample_windows(token_stream(text, source.tokenizer), **how)
     fit = batches(windows, batch_size)
     layers: list[CorrectedLayer] = []
     with count_progress("correcting") as show:

@@ -119,6 +119,8 @@ def test_commands(found):
     evaluated = json.loads(cli["eval"])
     assert (evaluated["devices"], evaluated["parallel"]) == (2, "tensor")
     assert evaluated["perplexity"] == pytest.approx(cli["perplexity"], rel=1e-5)
+    assert json.loads(cli["adapted"])["perplexity"] == pytest.approx(cli["adapted perplexity"], rel=1e-5)
+    assert cli["adapted perplexity"] != pytest.approx(cli["perplexity"], rel=1e-2)
     assert cli["generate"] == cli["text"] + "\n"
     assert "error: --tensor-parallel cuts the model, --devices" in cli["and devices"]
     assert "error: --tensor-parallel: devices=9 is more than the 8 cpu devices" in cli["too many"]
