@@ -133,6 +133,18 @@ def test_quantize_is_the_same_from_python(tmp_path, hf_model, text):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_quantize_tunes(tmp_path, hf_model, text):
+    out = tmp_path / "out"
+    done = run("quantize", hf_model, "--out", out, "--calibration", text, *QUICK, "--method", "rtn", "--tune", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["settings"]["method"], report["settings"]["tuning"]) == ("tune+rtn", "block tuning")
+    assert all(layer["tuning"]["after"] < layer["tuning"]["before"] for layer in report["layers"])
+    assert "tuning took the blocks' mean relative error from" in done.stderr
+    stored = load(out).report["layers"]
+    assert [layer["tuning"] for layer in stored] == [layer["tuning"] for layer in report["layers"]]
+
+
 def test_quantize_within_a_budget(tmp_path, hf_model, text):
     quick = ("--calibration", text, *QUICK[:-2], "--method", "rtn")
     out = tmp_path / "out"
@@ -370,7 +382,7 @@ def test_help(command):
     assert result.stderr == ""
     if command == "quantize":
         options = "out bits group-size asymmetric method order static-groups grid damp calibration samples length seed"
-        for option in (*options.split(), "batch-size", "skip", "override", "true-sequential", "dtype", "json"):
+        for option in (*options.split(), "batch-size", "skip", "override", "tune", "true-sequential", "dtype", "json"):
             assert f"--{option} " in result.stdout, option
         assert all(name in result.stdout for name in METHODS)
 
