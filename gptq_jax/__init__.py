@@ -29,11 +29,13 @@ from gptq_jax.storage.sharding import ShardingRules
 from gptq_jax.allocation import allocate_bits
 from gptq_jax.calibration import calibration_batches
 from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
+from gptq_jax.correction import eora
 from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize, quantize_blocks
 from gptq_jax.planning.plan import plan
 from gptq_jax.report import Report
+from gptq_jax.self_calibration import self_windows
 
 __version__ = _version("gptq-jax")
 
@@ -63,6 +65,7 @@ __all__ = [
     "compare",
     "compare_methods",
     "coordinate_descent",
+    "eora",
     "export",
     "generate",
     "gptaq",
@@ -86,6 +89,7 @@ __all__ = [
     "rtn",
     "save",
     "save_lora",
+    "self_windows",
     "smooth",
     "with_lora",
     "write_report",

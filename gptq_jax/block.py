@@ -25,8 +25,10 @@ from gptq_jax.report import ExpertsReport, LayerReport, TuningReport
 from gptq_jax.spec import QuantSpec
 from gptq_jax.statistics import ROWS_PER_INPUT, ExpertStats, over_experts, solve_experts
 from gptq_jax.stream import Examples, Stream
-from gptq_jax.tensor import QuantizedTensor, split_outputs, validate
+from gptq_jax.tensor import QuantizedTensor, split_outputs, take_outputs, validate
 from gptq_jax.tuning.fit import tune
+
+MEASURED_OUTPUTS = 512  # of a layer, whose losses are found at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,10 +202,11 @@ def solve_group(
         seconds = time.perf_counter() - start
         tensor, notes = solution if isinstance(solution, Solution) else (solution, {})
         _check_solution(tensor, weight.shape, spec, f"method {task.method.name!r}, for {', '.join(paths)}")
-        with task.clock("measure") as ready:
-            losses, rounded, energy = ready(
-                by_outputs(_losses, spec, mesh=task.parallel.mesh, cut=(weight, tensor), whole=(observed.hessian,))
+        with task.clock("measure"):
+            measured = by_outputs(
+                _losses, spec, mesh=task.parallel.mesh, cut=(weight, tensor), whole=(observed.hessian,)
             )
+            losses, rounded, energy = map(np.asarray, measured)
         failed = np.asarray(notes.get("fell_back", False))
         sizes = [kernel.shape[-1] for kernel in kernels]
         at = 0
@@ -296,11 +299,16 @@ def _losses(
     if weight.ndim == 3:
         measured = over_experts(partial(_losses, spec), weight, tensor, hessian)
         return jax.tree.map(partial(jnp.sum, axis=0), measured)
-    rounded = round_to_nearest(weight, spec)
-    return Outputs(
-        (
-            output_energy(weight - tensor.dequantize(), hessian),
-            output_energy(weight - rounded.dequantize(), hessian),
-            output_energy(weight, hessian),
-        )
-    )
+    d_out = weight.shape[1]
+    size = min(MEASURED_OUTPUTS, d_out)
+
+    def measure(k: Array, found: Float[Array, "3 d_out"]) -> Float[Array, "3 d_out"]:
+        start = jnp.minimum(k * size, d_out - size)  # the last may begin before the one before it ends
+        part = jax.lax.dynamic_slice_in_dim(weight, start, size, axis=1)
+        packed = take_outputs(tensor, start, size).dequantize()
+        rounded = round_to_nearest(part, spec).dequantize()
+        energy = output_energy(jnp.concatenate([part - packed, part - rounded, part], axis=1), hessian)
+        return jax.lax.dynamic_update_slice_in_dim(found, energy.reshape(3, size), start, axis=1)
+
+    found = jnp.zeros((3, d_out), jnp.float32)
+    return Outputs(jax.lax.fori_loop(0, -(-d_out // size), measure, found))

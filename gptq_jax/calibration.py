@@ -10,13 +10,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Int32, Shaped
 
 SPLITS = ("train", "validation", "test")
-# The reader of `datasets` for each file suffix.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
+# The reader of `datasets` for each file suffix; plain text needs none.
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+SUFFIXES = (".txt", *READERS)
 TEXT_COLUMN = "text"
 
 
@@ -201,31 +197,39 @@ def _read_corpus(source: str, corpus: Corpus, split: str) -> str:
     except OSError as error:
         raise ConnectionError(
             f"{source} is read from the Hugging Face Hub, which gave: {_first_line(error)}; "
-            f"a local file of type {', '.join(READERS)} needs no network."
+            f"a local file of type {', '.join(SUFFIXES)} needs no network."
         ) from error
 
 
 def _read_file(path: Path) -> str:
+    suffix = path.suffix.lower()
     if not path.is_file():
         problem = "is not a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(f"{path} {problem}: give {', '.join(CORPORA)}, or a file of type {', '.join(READERS)}.")
-    if path.suffix.lower() not in READERS:
-        raise ValueError(f"{path} cannot be read: give a file of type {', '.join(READERS)}.")
-    if path.stat().st_size == 0:
-        return ""
+        known = f"{', '.join(CORPORA)}, or a file of type {', '.join(SUFFIXES)}"
+        raise FileNotFoundError(f"{path} {problem}: give {known}.")
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path} cannot be read: give a file of type {', '.join(SUFFIXES)}.")
+    try:
+        if suffix == ".txt" or path.stat().st_size == 0:
+            return path.read_text(encoding="utf-8")
+        rows = _read_rows(path, READERS[suffix])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from None
+    return "\n\n".join(_texts(path, rows))
+
+
+def _read_rows(path: Path, reader: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    reader, options = READERS[path.suffix.lower()]
     # Escaped because `datasets` takes a path for a pattern; streamed because it would cache a copy otherwise.
     files = {"train": glob.escape(str(path.absolute()))}
     try:
-        rows = list(load_dataset(reader, data_files=files, split="train", streaming=True, **options))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from None
+        return list(load_dataset(reader, data_files=files, split="train", streaming=True))
+    except UnicodeDecodeError:
+        raise
     except (ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{path} cannot be read: {_first_line(error)}") from error
-    return "\n\n".join(_texts(path, rows))
 
 
 def _texts(path: Path, rows: Iterable[dict[str, Any]]) -> Iterable[str]:

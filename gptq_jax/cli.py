@@ -13,8 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from gptq_jax.bench import cli as bench
+from gptq_jax.commands import (
+    mesh_over,
+    open_float,
+    put_windows,
+    read_calibration,
+    runnable,
+    window,
+    windows_file,
+    written_windows,
+)
 from gptq_jax.comparison.cli import compare
+from gptq_jax.correction.cli import correct
 from gptq_jax.options import (
+    AdapterOption,
     ArchConfigOption,
     AsymmetricOption,
     CalibrationOption,
@@ -157,9 +169,11 @@ def quantize(
     """
     from dataclasses import replace
 
+    import numpy as np
+
     from gptq_jax.allocation import allocate_bits
     from gptq_jax.by_name import make_method, whole
-    from gptq_jax.calibration import batches, read_text, sample_windows, token_stream
+    from gptq_jax.calibration import batches, sample_windows, token_stream
     from gptq_jax.heap import give_back_free_pages, give_back_large_arrays
     from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
@@ -167,12 +181,15 @@ def quantize(
     from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
     from gptq_jax.planning.sizes import float_shapes
     from gptq_jax.report import LayerReport
+    from gptq_jax.self_calibration import SELF
     from gptq_jax.spec import QuantSpec, SpecRules, parse_override
     from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.sink import StoreSink
     from gptq_jax.storage.store import planned_bytes
     from gptq_jax.terminal import console, count_progress, escape, layer_progress, note, summarize
 
+    if calibration == SELF and coordinator is not None:
+        raise ValueError("--calibration self is for one process: leave out --coordinator, or give a text.")
     _join(coordinator, process_id, processes)
     rules = SpecRules(
         default=QuantSpec(bits=bits, group_size=group_size, symmetric=not asymmetric, scale_dtype="float16"),
@@ -190,12 +207,18 @@ def quantize(
     give_back_large_arrays()
     chosen = make_method(method, options, alpha=alpha)
     check_target(out, overwrite=overwrite)
-    with console.status(f"reading {escape(calibration)}"):
-        text = read_text(calibration)
-    source = _open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
+    text = read_calibration(calibration)
+    source = open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
     specs = layer_specs(source, rules)
-    length = _window(length, source.config.context_length)
-    windows = sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
+    length = window(length, source.config.context_length)
+    how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
+    kept = windows_file(out, source, **how) if text is None else None
+    if text is not None:
+        windows = sample_windows(token_stream(text, source.tokenizer), **how)
+    elif kept is not None and kept.is_file() and not restart:
+        windows = np.load(kept)
+    else:
+        windows = written_windows(source, model, dtype, arch_config, batch_size=batch_size, **how)
     fit = batches(windows, batch_size)
     if chosen.rewrite is not None:
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
@@ -225,6 +248,8 @@ def quantize(
     }
 
     def opened(there: int, blocks: int) -> None:
+        if kept is not None and not kept.is_file():
+            put_windows(kept, windows)
         if there:
             note(f"going on with what an interrupted run left: {there} of {blocks} blocks are done")
 
@@ -277,6 +302,7 @@ def eval_(
     devices: Annotated[int | None, typer.Option(metavar="N", help="Share the windows among N devices. [all]")] = None,
     parallel: Annotated[Parallel, typer.Option(help="How: one program for all devices, or jax.pmap.")] = Parallel.jit,
     tensor_parallel: TensorParallelOption = None,
+    adapter: AdapterOption = None,
     against: Annotated[str | None, typer.Option(metavar="OTHER", help="Also compare with this model.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Instead: tasks of lm-evaluation-harness, separated by commas.")
@@ -307,7 +333,7 @@ def eval_(
 
         check_harness()
         with console.status(f"loading {escape(model)}"):
-            asked = _runnable(model, dtype, arch_config, _mesh(tensor_parallel))
+            asked = runnable(model, dtype, arch_config, mesh_over(tensor_parallel), adapter)
         metrics = run_tasks(
             asked,
             tasks.split(","),
@@ -323,18 +349,19 @@ def eval_(
     if (text is None) == (dataset is None) or source is None:
         raise ValueError("give either --text FILE or --dataset NAME, or --tasks.")
     _join(coordinator, process_id, processes)
-    mesh = _mesh(tensor_parallel)
+    mesh = mesh_over(tensor_parallel)
     if tensor_parallel is not None and (devices is not None or parallel is not Parallel.jit):
         raise ValueError("--tensor-parallel cuts the model, --devices and --parallel pmap copy it: give one of them.")
     chosen = choose_devices(tensor_parallel or devices)
     content = read_text(source, split=split)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype, arch_config, mesh)
-        other = _runnable(against, dtype, mesh=mesh) if against else None
-    length = _window(length, loaded.config.context_length)
+        loaded = runnable(model, dtype, arch_config, mesh, adapter)
+        other = runnable(against, dtype, mesh=mesh) if against else None
+    length = window(length, loaded.config.context_length)
     stream = token_stream(content, loaded.tokenizer)
     windows = len(stream) // length
     result: dict[str, Any] = {"model": model, "text": source, "length": length, "windows": windows}
+    result |= {} if adapter is None else {"adapter": str(adapter)}
     result |= {"devices": len(chosen), "parallel": str(parallel) if mesh is None else "tensor"}
     settings: dict[str, Any] = {"length": length, "batch_size": batch_size, "parallel": str(parallel)}
     settings["progress"] = is_first()
@@ -366,6 +393,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of total probability P.")] = None,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
     tensor_parallel: TensorParallelOption = None,
+    adapter: AdapterOption = None,
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
 ) -> None:
@@ -374,9 +402,9 @@ def generate(
     from gptq_jax.terminal import console, escape
 
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    mesh = _mesh(tensor_parallel)
+    mesh = mesh_over(tensor_parallel)
     with console.status(f"loading {escape(model)}"):
-        loaded = _runnable(model, dtype, arch_config, mesh)
+        loaded = runnable(model, dtype, arch_config, mesh, adapter)
     for piece in stream(loaded, prompt, sampling=sampling, chat=chat, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
@@ -468,52 +496,9 @@ def demo(
 
 command(planning.plan)
 command(compare)
+command(correct)
 for function in (bench.kernels, bench.decode):
     command(function, bench_app)
-
-
-def _open_float(model: str, dtype: Dtype, arch_config: Path | None, *, whole: bool) -> Any:
-    """A checkpoint that is read block by block; in memory what `save` wrote, or all if `whole`."""
-    from gptq_jax.storage.checkpoint_source import open_checkpoint
-    from gptq_jax.storage.load import load
-    from gptq_jax.storage.store import is_store
-    from gptq_jax.terminal import console, count_progress, escape
-
-    if whole or (is_store(Path(model)) and arch_config is None):
-        with console.status(f"loading {escape(model)}"):
-            return load(model, dtype=str(dtype), arch_config=arch_config)
-    with count_progress(f"checking {model}") as on_tensor:
-        return open_checkpoint(model, dtype=str(dtype), arch_config=arch_config, on_tensor=on_tensor)
-
-
-def _mesh(devices: int | None) -> Any:
-    """The first devices of this process in a row, for `--tensor-parallel`; None for one, or where it was not given."""
-    if devices in (None, 1):
-        return None
-    from gptq_jax.parallel import choose_devices
-    from gptq_jax.storage.sharding import model_mesh
-
-    try:
-        return model_mesh(choose_devices(devices))
-    except ValueError as error:
-        raise ValueError(f"--tensor-parallel: {error}") from None
-
-
-def _runnable(model: str, dtype: Dtype, arch_config: Path | None = None, mesh: Any = None) -> Any:
-    """The model, its packed weights as they run here, or cut over the devices of a mesh."""
-    from gptq_jax.models.prepared import prepare
-    from gptq_jax.pipeline import is_quantized
-    from gptq_jax.storage.load import load
-
-    loaded = load(model, dtype=str(dtype), arch_config=arch_config, mesh=mesh)
-    return prepare(loaded) if is_quantized(loaded) else loaded
-
-
-def _window(length: int | None, context: int) -> int:
-    """Tokens of a window: as asked, where the model can take so many."""
-    if length is not None and length > context:
-        raise ValueError(f"--length {length} is more than the model's context of {context} tokens.")
-    return length or min(2048, context)
 
 
 def _join(coordinator: str | None, process_id: int | None, processes: int | None) -> None:

@@ -186,12 +186,12 @@ def _generate(
     padded = np.zeros(-(-len(prompt) // PREFILL_CHUNK) * PREFILL_CHUNK, np.int32)
     padded[: len(prompt)] = prompt
     for start in range(0, len(padded), PREFILL_CHUNK):
-        positions = _positions(start, PREFILL_CHUNK)
+        positions = consecutive(start, PREFILL_CHUNK)
         x = embed(config, model.params, jnp.asarray(padded[None, start : start + PREFILL_CHUNK]), positions)
         if caches is None:
             capacity = cache_capacity(len(prompt) + max_new_tokens)
-            caches = [_empty_cache(config, capacity, x.dtype, heads_of(block)) for block in model.params["layers"]]
-        x = _run_cached(model, x, positions, caches)
+            caches = [empty_cache(config, 1, capacity, x.dtype, heads_of(block)) for block in model.params["layers"]]
+        x = run_cached(model, x, positions, caches)
     assert caches is not None
     position = len(prompt)
     token = draw(x, (position - 1) % PREFILL_CHUNK, position)
@@ -199,8 +199,8 @@ def _generate(
         # The next token is set going before this one is read, so that the device never waits for Python.
         following = token
         if remaining:
-            positions = _positions(position, 1)
-            x = _run_cached(model, embed(config, model.params, token, positions), positions, caches)
+            positions = consecutive(position, 1)
+            x = run_cached(model, embed(config, model.params, token, positions), positions, caches)
             position += 1
             following = draw(x, 0, position)
         value = int(token[0, 0])
@@ -210,20 +210,21 @@ def _generate(
         token = following
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _empty_cache(config: Architecture, capacity: int, dtype: Any, heads: NamedSharding | None) -> Cache:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def empty_cache(config: Architecture, batch: int, capacity: int, dtype: Any, heads: NamedSharding | None) -> Cache:
     """A cache of one block, its heads placed by `heads` where they divide evenly."""
-    cache = config.init_cache(1, capacity, dtype)
+    cache = config.init_cache(batch, capacity, dtype)
     if heads is None:
         return cache
     return jax.lax.with_sharding_constraint(cache, jax.tree.map(lambda leaf: where_even(heads, leaf.shape), cache))
 
 
-def _positions(start: int, time: int) -> Int32[Array, "1 time"]:
+def consecutive(start: int, time: int) -> Int32[Array, "1 time"]:
+    """The positions of `time` tokens from `start` on."""
     return jnp.asarray(np.arange(start, start + time, dtype=np.int32)[None])
 
 
-def _run_cached(
+def run_cached(
     model: Model, x: Float[Array, "batch time d_model"], positions: Int32[Array, "1 time"], caches: list[Cache]
 ) -> Float[Array, "batch time d_model"]:
     """All blocks on tokens at consecutive `positions`; replaces the entries of `caches`."""

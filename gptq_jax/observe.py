@@ -16,6 +16,7 @@ from gptq_jax.models.quantizable import Block
 from gptq_jax.parallel import DataParallel, ordered_sum
 from gptq_jax.statistics import ExpertStats, init_experts, update_experts
 from gptq_jax.stream import Round, Stream, places
+from gptq_jax.tensor import all_finite
 
 Group = tuple[str, ...]  # paths of layers that share an input
 
@@ -202,7 +203,7 @@ def _check(names: str, hessian: Array, tokens: int, expected: int) -> None:
     """Stop the run, naming the layers, where the Hessian cannot be what calibration should have made it."""
     if tokens != expected:
         raise ValueError(f"{names} saw {tokens} tokens, but the calibration has {expected}.")
-    if not bool(jnp.all(jnp.isfinite(hessian))):
+    if not bool(all_finite(hessian)):
         raise ValueError(
             f"the inputs of {names} hold NaN or infinity: check the model's weights, or load it in float32."
         )

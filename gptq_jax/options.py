@@ -22,8 +22,18 @@ TensorParallelOption = Annotated[
     int | None,
     typer.Option(metavar="N", help="Cut the model over N of this machine's devices, each of which holds its part."),
 ]
+AdapterOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Run MODEL with these LoRA adapters: of `correct`, or any in PEFT's format."),
+]
 AsymmetricOption = Annotated[bool, typer.Option("--asymmetric", help="Store a zero point for each group.")]
-CalibrationOption = Annotated[str, typer.Option(help="wikitext2, c4, ptb, or a .txt, .jsonl, .json or .parquet file.")]
+CalibrationOption = Annotated[
+    str,
+    typer.Option(
+        help="wikitext2, c4, ptb, or a .txt, .jsonl, .json or .parquet file; self: text that MODEL writes, which takes "
+        "all of it into memory."
+    ),
+]
 SamplesOption = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
 LengthOption = Annotated[int | None, typer.Option(min=2, help="Tokens of a window. [2048, or the model's context]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]

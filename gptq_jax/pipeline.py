@@ -7,7 +7,6 @@ from os import PathLike
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptq_jax.block import BlockTask, quantize_block, replay_block
@@ -24,6 +23,7 @@ from gptq_jax.parallel import DataParallel, choose_devices, make_mesh
 from gptq_jax.report import LayerReport, Report, peak_memory
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.stream import KEPT_BYTES, STREAMED_BYTES, Stream, fork, open_stream
+from gptq_jax.tensor import all_finite
 
 Quantizable = TypeVar("Quantizable", bound=BlockModel)
 QUANTIZED = "the model is quantized already: load the float one it was made from."
@@ -379,11 +379,6 @@ def is_quantized(model: BlockModel) -> bool:
 def check_weights(model: BlockModel) -> None:
     """Raise ValueError naming the first parameter that holds NaN or infinity."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
-        if not bool(_all_finite(leaf)):
+        if not bool(all_finite(leaf)):
             name = re.sub(r"\W+", ".", jax.tree_util.keystr(path)).strip(".")
             raise ValueError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its dtype too narrow.")
-
-
-@jax.jit
-def _all_finite(leaf: Any) -> Any:
-    return jnp.all(jnp.isfinite(leaf))

@@ -10,8 +10,8 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Shaped, UInt32
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Bool, Float, Int32, Shaped, UInt32
 
 from gptq_jax.spec import QuantSpec
 from pallas_kernels import reference
@@ -64,23 +64,29 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*experts d_in d_out"]:
         """The float weight."""
-        if self.codes.ndim > 2:
-            return _dequantize_stack(self, jnp.dtype(dtype).name)
-        return reference.dequantize(
-            self.codes,
-            self.scales,
-            self.zeros,
-            self.group_of_row,
-            bits=self.spec.bits,
-            group_rows=self.spec.group_rows(self.d_in),
-            d_in=self.d_in,
-        ).astype(dtype)
+        return _dequantize(self, jnp.dtype(dtype).name)
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _dequantize_stack(tensor: QuantizedTensor, dtype: str) -> Float[Array, "*experts d_in d_out"]:
-    """One expert after another, so that only the result is as large as all of them."""
-    return jax.lax.map(lambda one: one.dequantize(dtype), tensor)
+def _dequantize(tensor: QuantizedTensor, dtype: str) -> Float[Array, "*experts d_in d_out"]:
+    """As one program, which keeps no unpacked codes; one expert after another, so that only the result is so large."""
+    if tensor.codes.ndim > 2:
+        return jax.lax.map(partial(_dequantize, dtype=dtype), tensor)
+    return reference.dequantize(
+        tensor.codes,
+        tensor.scales,
+        tensor.zeros,
+        tensor.group_of_row,
+        bits=tensor.spec.bits,
+        group_rows=tensor.spec.group_rows(tensor.d_in),
+        d_in=tensor.d_in,
+    ).astype(dtype)
+
+
+@jax.jit
+def all_finite(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
+    """Whether no number is NaN or infinite."""
+    return jnp.all(jnp.isfinite(array))
 
 
 def experts_of(tensor: QuantizedTensor) -> Iterator[QuantizedTensor]:
@@ -91,17 +97,20 @@ def experts_of(tensor: QuantizedTensor) -> Iterator[QuantizedTensor]:
 
 def split_outputs(tensor: QuantizedTensor, sizes: Sequence[int]) -> list[QuantizedTensor]:
     """Cut a weight into weights of `sizes` outputs each."""
-    starts = list(accumulate(sizes, initial=0))
-    outputs = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-    return [
-        replace(
-            tensor,
-            codes=tensor.codes[..., here],
-            scales=tensor.scales[..., here],
-            zeros=None if tensor.zeros is None else tensor.zeros[..., here],
-        )
-        for here in outputs
-    ]
+    return _split_outputs(tensor, tuple(sizes))
+
+
+@partial(jax.jit, static_argnums=1)
+def _split_outputs(tensor: QuantizedTensor, sizes: tuple[int, ...]) -> list[QuantizedTensor]:
+    starts = accumulate(sizes, initial=0)
+    return [take_outputs(tensor, start, size) for start, size in zip(starts, sizes, strict=False)]
+
+
+def take_outputs(tensor: QuantizedTensor, start: ArrayLike, size: int) -> QuantizedTensor:
+    """The weight of `size` outputs from `start` on."""
+    by_output = replace(tensor, group_of_row=None)
+    cut = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=-1), by_output)
+    return replace(cut, group_of_row=tensor.group_of_row)
 
 
 def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
@@ -128,7 +137,7 @@ def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
         raise ValueError(f"{name}: zeros are stored, but the grid is symmetric.")
     if tensor.codes.dtype != jnp.uint32:
         raise ValueError(f"{name}: codes are {tensor.codes.dtype}, not uint32.")
-    if not bool(jnp.all(jnp.isfinite(tensor.scales))):
+    if not bool(all_finite(tensor.scales)):
         raise ValueError(f"{name}: scales hold NaN or infinity.")
     if tensor.group_of_row is not None:
         low, high = int(tensor.group_of_row.min()), int(tensor.group_of_row.max())

@@ -24,7 +24,19 @@ from jax.sharding import PartitionSpec as P
 from tiny_quantization import compilations
 from typer.testing import CliRunner
 
-from gptq_jax import QuantizedTensor, QuantSpec, compare, generate, load, perplexity, prepare, save
+from gptq_jax import (
+    QuantizedTensor,
+    QuantSpec,
+    compare,
+    generate,
+    load,
+    lora,
+    perplexity,
+    prepare,
+    save,
+    save_lora,
+    with_lora,
+)
 from gptq_jax.cli import app
 from gptq_jax.generate import generate_tokens
 from gptq_jax.models.tensor_parallel import heads_of
@@ -142,6 +154,7 @@ def refusals(folder: Path) -> dict[str, str]:
     narrow = replace(one.config, hidden_size=60)
     calls = {
         "axis": lambda: load(path, mesh=mesh, rules=down("tensor")),
+        "pairs": lambda: load(path, mesh=mesh, rules={"mlp": "model"}),
         "regex": lambda: load(path, mesh=mesh, rules=(("(", P()),)),
         "groups": lambda: load(path, mesh=mesh, rules=o_proj),
         "words": lambda: place_on_mesh(one.config, columns.params, mesh, o_proj),
@@ -178,8 +191,12 @@ def commands(folder: Path) -> dict[str, str]:
     cut = ["--tensor-parallel", "2"]
     out = {"perplexity": perplexity(one, TEXT, length=16, devices=1)}
     out["text"] = generate(one, "the quick", max_new_tokens=3)
+    adapters = {path: replace(added, b=jnp.full_like(added.b, 0.05)) for path, added in lora(one, 2).items()}
+    save_lora(adapters, one, folder / "adapter")
+    out["adapted perplexity"] = perplexity(with_lora(one, adapters), TEXT, length=16, devices=1)
     for name, command in {
         "eval": [*evaluated, *cut],
+        "adapted": [*evaluated, *cut, "--adapter", str(folder / "adapter")],
         "generate": [*generated, *cut],
         "and devices": [*evaluated, *cut, "--devices", "2"],
         "too many": [*generated, "--tensor-parallel", "9"],

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from gptq_jax.commands import read_calibration
 from gptq_jax.options import (
     ArchConfigOption,
     AsymmetricOption,
@@ -62,6 +63,7 @@ def compare(
     from gptq_jax.calibration import read_text
     from gptq_jax.comparison import compare_methods, write_report
     from gptq_jax.comparison.plots import check_matplotlib
+    from gptq_jax.self_calibration import SELF
     from gptq_jax.spec import QuantSpec
     from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, escape, note
@@ -78,8 +80,9 @@ def compare(
     draws = integers("--seeds", seeds)
     if not no_plots:
         check_matplotlib()
-    with console.status(f"reading {escape(calibration)} and {escape(source)}"):
-        fit, held_out = read_text(calibration), read_text(source, split=split)
+    with console.status(f"reading {escape(source)}"):
+        held_out = read_text(source, split=split)
+    fit = read_calibration(calibration) or SELF
     with console.status(f"loading {escape(model)}"):
         loaded = load(model, dtype=str(dtype), arch_config=arch_config)
     table = compare_methods(

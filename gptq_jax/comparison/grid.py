@@ -54,7 +54,8 @@ def compare_methods(
         model: float; it stays as it is.
         methods: by the names that the table shows; a sequence goes by the methods' own names.
         specs: grids of weights.
-        calibration: a text, which needs the model's tokenizer, or its tokens [time].
+        calibration: a text, which needs the model's tokenizer, or its tokens [time]; "self": text that the model
+            writes, for each seed its own.
         held_out: the same, to measure perplexity and divergence on.
         seeds: of the calibration windows' places; rows tell the mean over them, and the spread.
         samples: calibration windows.
@@ -91,6 +92,7 @@ def compare_methods(
         batch_size=batch_size,
         eval_length=eval_length,
         eval_windows=eval_windows,
+        progress=progress,
     )
     evaluation: dict[str, Any] = {"length": inputs.eval_length, "batch_size": eval_batch_size, "devices": devices}
     settings = {**_setting(model), **inputs.settings, "eval_batch_size": eval_batch_size}

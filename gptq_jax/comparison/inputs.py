@@ -3,6 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from jaxtyping import Int32
 from gptq_jax.calibration import batches, sample_windows, token_stream
 from gptq_jax.models.adapted import AdaptedModel
 from gptq_jax.models.base import Model
+from gptq_jax.self_calibration import SELF, self_windows
+from gptq_jax.terminal import count_progress
 
 Text = str | Any  # a text, which needs the model's tokenizer, or tokens [time]
 
@@ -44,6 +47,7 @@ def cut_inputs(
     batch_size: int,
     eval_length: int | None,
     eval_windows: int | None,
+    progress: bool = False,
 ) -> Inputs:
     """Cut both texts; arguments and errors are those of `compare_methods`."""
     context = model.config.context_length if isinstance(model, Model) else sys.maxsize
@@ -53,20 +57,25 @@ def cut_inputs(
         raise ValueError(f"eval_windows={eval_windows} must be at least 1.")
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds={list(seeds)} must be different numbers, none negative, and at least one.")
-    fit, measure = (_tokens(model, name, text) for name, text in (("calibration", calibration), ("held_out", held_out)))
+    writes = isinstance(calibration, str) and calibration == SELF
+    fit = None if writes else _tokens(model, "calibration", calibration)
+    measure = _tokens(model, "held_out", held_out)
     windows = measure.size // eval_length
     if not windows:
         raise ValueError(f"held_out has {measure.size} tokens, less than one window of {eval_length}: use more text.")
     windows = min(windows, eval_windows or windows)
     measure = measure[: windows * eval_length]
+    how = {"samples": samples, "length": length}
+    if fit is None:
+        of_seed = {seed: _written(model, seed, batch_size, progress, how) for seed in seeds}
+    else:
+        of_seed = {seed: sample_windows(fit, seed=seed, **how) for seed in seeds}
     return Inputs(
-        calibration={
-            seed: batches(sample_windows(fit, samples=samples, length=length, seed=seed), batch_size) for seed in seeds
-        },
+        calibration={seed: batches(found, batch_size) for seed, found in of_seed.items()},
         held_out=measure,
         eval_length=eval_length,
         settings={
-            "calibration_tokens": _digest(fit),
+            "calibration_tokens": SELF if fit is None else _digest(fit),
             "samples": samples,
             "length": length,
             "batch_size": batch_size,
@@ -75,6 +84,14 @@ def cut_inputs(
             "eval_windows": windows,
         },
     )
+
+
+def _written(
+    model: Model | AdaptedModel, seed: int, batch_size: int, progress: bool, how: dict[str, int]
+) -> Int32[np.ndarray, "samples length"]:
+    title = f"writing calibration tokens, seed {seed}"
+    with count_progress(title) if progress else nullcontext() as show:
+        return self_windows(model, seed=seed, batch_size=batch_size, on_token=show, **how)  # type: ignore[arg-type]
 
 
 def _checked(name: str, length: int, context: int) -> int:

@@ -24,7 +24,7 @@ from gptq_jax.hessian import accumulate, with_factor
 from gptq_jax.methods.base import LayerBatch, Method, Solution, assemble
 from gptq_jax.methods.rtn import split_groups
 from gptq_jax.spec import QuantSpec
-from gptq_jax.tensor import QuantizedTensor
+from gptq_jax.tensor import QuantizedTensor, all_finite
 
 ORDERS = ("natural", "activation", "group")
 
@@ -124,7 +124,7 @@ def gptq_solve(
     traced = isinstance(weight, jax.core.Tracer) or isinstance(hessian, jax.core.Tracer)
     if not traced:
         for name, array in (("weight", weight), ("hessian", hessian)):
-            if not bool(jnp.all(jnp.isfinite(array))):
+            if not bool(all_finite(array)):
                 raise ValueError(f"{name} holds NaN or infinity.")
         if not bool(jnp.any(hessian)):
             raise ValueError("hessian is zero: it saw no inputs. To round to nearest, say so with method rtn().")
@@ -132,6 +132,17 @@ def gptq_solve(
     if not traced and bool(solution.notes["fell_back"]):
         warnings.warn("the Hessian could not be factored: the weight was rounded to nearest.", stacklevel=2)
     return solution.tensor
+
+
+class _Rows(NamedTuple):
+    """Original weights, and the order in which they are rounded; None: as they are."""
+
+    weight: Float[Array, "rows d_out"]
+    order: Integer[Array, "rows"] | None = None
+
+    def take(self, here: slice) -> Float[Array, "_ d_out"]:
+        """Some rows in solving order: all of them at once would be a copy of the weight."""
+        return self.weight[here] if self.order is None else self.weight[self.order[here]]
 
 
 class _Block(NamedTuple):
@@ -165,10 +176,8 @@ def solve_layer(
 
     order = input_order(jnp.diagonal(hessian), options.order, group_rows)
     back = jnp.argsort(order)
-    rows = grouped.reshape(-1, d_out)
     moves = options.order != "natural"
-    if moves:
-        rows = rows[order]
+    rows = _Rows(grouped.reshape(-1, d_out), order if moves else None)
 
     def solve(upper: Float[Array, "rows rows"]) -> tuple[UInt8[Array, "rows d_out"], grids.Grid]:
         # A column that is one group has the same grid either way: nothing comes before its first row.
@@ -202,17 +211,18 @@ def input_order(diagonal: Float[Array, "d_in"], order: str, group_rows: int) -> 
 
 
 def _sweep_static(
-    weight: Float[Array, "rows d_out"],
+    weights: _Rows,
     upper: Float[Array, "rows rows"],
     group_of_row: Integer[Array, "rows"],
     grid: grids.Grid,
     spec: QuantSpec,
 ) -> UInt8[Array, "rows d_out"]:
     """Codes of all rows on grids known beforehand."""
-    rows = weight.shape[0]
+    rows = weights.weight.shape[0]
     block = min(_BLOCK, rows)
     if padding := -rows % block:
-        weight = jnp.pad(weight, ((0, padding), (0, 0)))
+        order = None if weights.order is None else jnp.append(weights.order, jnp.arange(rows, rows + padding))
+        weights = _Rows(jnp.pad(weights.weight, ((0, padding), (0, 0))), order)
         ones = (jnp.arange(rows + padding) >= rows).astype(jnp.float32)
         upper = jnp.pad(upper, ((0, padding), (0, padding))) + jnp.diag(ones)
         group_of_row = jnp.pad(group_of_row, (0, padding))
@@ -221,11 +231,11 @@ def _sweep_static(
         home = jax.lax.dynamic_slice_in_dim(group_of_row, at, block.weight.shape[0])
         return *_round_rows(block, lambda j: jax.tree.map(lambda leaf: leaf[home[j]], grid), spec), None
 
-    return _sweep(_Block(weight, jnp.zeros_like(weight), upper), block, leaf, None)[1][:rows]
+    return _sweep(weights, None, upper, block, leaf, None)[1][:rows]
 
 
 def _sweep_dynamic(
-    weight: Float[Array, "rows d_out"],
+    weights: _Rows,
     upper: Float[Array, "rows rows"],
     turn: Integer[Array, "groups"],
     grid_name: str,
@@ -252,55 +262,67 @@ def _sweep_dynamic(
         if inner == group_rows:
             return *_round_rows(group, lambda j: grid, spec), fitted
         errors, codes, _ = _sweep(
-            group, inner, lambda at, block, state: (*_round_rows(block, lambda j: grid, spec), state), None
+            _Rows(group.weight),
+            group.seen,
+            group.upper,
+            inner,
+            lambda at, block, state: (*_round_rows(block, lambda j: grid, spec), state),
+            None,
         )
-        return errors, codes, fitted
+        return jnp.concatenate(errors), codes, fitted
 
-    empty = jnp.zeros((groups, weight.shape[1]), jnp.float32)
-    everything = _Block(weight, jnp.zeros_like(weight), upper)
-    return _sweep(everything, group_rows, leaf, grids.Grid(empty, empty))[1:]
+    empty = jnp.zeros((groups, weights.weight.shape[1]), jnp.float32)
+    return _sweep(weights, None, upper, group_rows, leaf, grids.Grid(empty, empty))[1:]
 
 
 def _sweep(
-    rows: _Block,
+    rows: _Rows,
+    seen: Float[Array, "rows d_out"] | None,
+    upper: Float[Array, "rows rows"],
     size: int,
     leaf: Callable[[Array, _Block, State], tuple[Array, Array, State]],
     state: State,
-) -> tuple[Float[Array, "rows d_out"], UInt8[Array, "rows d_out"], State]:
+) -> tuple[list[Float[Array, "_ d_out"]], UInt8[Array, "rows d_out"], State]:
     """Visit `rows` in blocks of `size`, which divides them, gathering for each what the errors before it add.
 
     Args:
         rows: all of them.
+        seen: R^T D of errors D before the first; None: there are none.
+        upper: their square of R.
         size: rows of a block.
         leaf: (first row, block, state) -> (errors and codes of the block, state).
         state: what leaves hand on.
 
     Returns:
-        The errors W - Q, the codes, and the last state.
+        The errors W - Q in pieces, the codes, and the last state.
     """
     total = rows.weight.shape[0]
     chunk = size * math.ceil(max(_CHUNK, total / _CHUNKS) / size)
-    done, all_codes = rows.weight[:0], []
+    done: list[tuple[slice, Array]] = []
+    all_codes = []
     for start in range(0, total, chunk):  # at most _CHUNKS times, whatever the size of the matrix
         here = slice(start, start + chunk)
-        weight, upper = rows.weight[here], rows.upper[here, here]
-        seen = rows.seen[here] + _matmul(rows.upper[:start, here].T, done) if start else rows.seen[here]
+        weight, square = rows.take(here), upper[here, here]
+        before = jnp.zeros_like(weight) if seen is None else seen[here]
+        # Piece by piece: put together, the errors so far would be copied at every turn.
+        for there, errors in done:
+            before = before + _matmul(upper[there, here].T, errors)
 
         def visit(
             k: Array,
             carry: tuple[Array, Array, State],
             start: int = start,
             weight: Array = weight,
-            upper: Array = upper,
-            seen: Array = seen,
+            square: Array = square,
+            before: Array = before,
         ) -> tuple[Array, Array, State]:
             errors, codes, state = carry
             at = k * size
-            columns = jax.lax.dynamic_slice_in_dim(upper, at, size, axis=1)
+            columns = jax.lax.dynamic_slice_in_dim(square, at, size, axis=1)
             # Errors from row `at` on are still zero, so that all rows can take part in the product.
             block = _Block(
                 jax.lax.dynamic_slice_in_dim(weight, at, size),
-                jax.lax.dynamic_slice_in_dim(seen, at, size) + _matmul(columns.T, errors),
+                jax.lax.dynamic_slice_in_dim(before, at, size) + _matmul(columns.T, errors),
                 jax.lax.dynamic_slice_in_dim(columns, at, size),
             )
             new_errors, new_codes, state = leaf(start + at, block, state)
@@ -309,9 +331,9 @@ def _sweep(
 
         empty = jnp.zeros_like(weight), jnp.zeros(weight.shape, jnp.uint8), state
         errors, codes, state = jax.lax.fori_loop(0, weight.shape[0] // size, visit, empty)
-        done = jnp.concatenate([done, errors])
+        done.append((here, errors))
         all_codes.append(codes)
-    return done, jnp.concatenate(all_codes), state
+    return [errors for _, errors in done], jnp.concatenate(all_codes), state
 
 
 def _round_rows(

@@ -167,7 +167,10 @@ def _model_axis(mesh: Mesh) -> str:
 
 
 def _check_rules(mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]) -> None:
-    for pattern, spec in rules:
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], PartitionSpec)):
+            raise ValueError(f"rules must be pairs of a regex and a jax.sharding.PartitionSpec, but one is {rule!r}.")
+        pattern, spec = rule
         try:
             re.compile(pattern)
         except re.error as error:

@@ -29,7 +29,7 @@ from gptq_jax.tensor import QuantizedTensor
 CONFIG = {**decoder_cases.CASES["tied_gqa"], "vocab_size": 300, "num_hidden_layers": 1}
 REPOSITORY = Path(gptq_jax.__file__).parents[1]
 QUICK = ("--group-size", "24", "--samples", "4", "--length", "24", "--batch-size", "2", "--grid", "minmax")
-COMMANDS = ("quantize", "eval", "generate", "inspect", "export", "demo")
+COMMANDS = ("quantize", "correct", "eval", "generate", "inspect", "export", "demo")
 
 
 def run(*arguments):

@@ -94,6 +94,7 @@ def test_what_cannot_be_cut_by_inputs_is_cut_by_outputs_and_said(found):
     ("call", "message"),
     {
         "axis": "names the mesh axis 'tensor', but the mesh has ['model']",
+        "pairs": "rules must be pairs of a regex and a jax.sharding.PartitionSpec, but one is 'mlp'",
         "regex": "'(' is not a regular expression",
         "groups": "parts of 16 inputs would cut groups of 32. Give it another rule",
         "words": "parts of 16 inputs would cut packed words (32 inputs at 3 bits)",
@@ -118,6 +119,8 @@ def test_commands(found):
     evaluated = json.loads(cli["eval"])
     assert (evaluated["devices"], evaluated["parallel"]) == (2, "tensor")
     assert evaluated["perplexity"] == pytest.approx(cli["perplexity"], rel=1e-5)
+    assert json.loads(cli["adapted"])["perplexity"] == pytest.approx(cli["adapted perplexity"], rel=1e-5)
+    assert cli["adapted perplexity"] != pytest.approx(cli["perplexity"], rel=1e-2)
     assert cli["generate"] == cli["text"] + "\n"
     assert "error: --tensor-parallel cuts the model, --devices" in cli["and devices"]
     assert "error: --tensor-parallel: devices=9 is more than the 8 cpu devices" in cli["too many"]

@@ -29,11 +29,11 @@ def temporaries(function, *arguments):
 def test_solving_takes_what_xla_says(d_in, d_out):
     weight, hessian = (jax.ShapeDtypeStruct((d_in, width), jnp.float32) for width in (d_out, d_in))
     tensor = jax.eval_shape(lambda weight: round_to_nearest(weight, QuantSpec()), weight)
-    # Newer compilers need less; no more than a tenth above the plan, nor a quarter below it.
+    # Newer compilers need less; no more than a tenth above the plan, nor a fifth below it.
     solving = temporaries(solve_layer, weight, hessian, QuantSpec(), GPTQOptions())
-    assert 0.75 < solving / solve_bytes(d_in, d_out) < 1.1
+    assert 0.8 < solving / solve_bytes(d_in, d_out) < 1.1
     measuring = temporaries(_losses, QuantSpec(), weight, tensor, hessian)
-    assert 0.75 < measuring / measure_bytes(d_in, d_out) < 1.1
+    assert 0.9 < measuring / measure_bytes(d_in, d_out) < 1.1
 
 
 @pytest.mark.parametrize("windows", [2, 40])
@@ -50,9 +50,9 @@ def test_what_is_held_while_quantizing_is_planned(windows):
     packed = quantized_shapes(model.config, SpecRules(default=SPEC), "float32")
     assert tree_bytes(packed) == tree_bytes(made.params)
     planned = quantize_memory(model.config, floats, packed, samples=windows, length=64, batch_size=2, dtype="float32")
-    # Layers are reported when they are solved, when the solver's temporaries are gone.
+    # Layers are reported when they are solved, when the temporaries of solving and measuring are gone.
     assert planned.stage == "solve mlp.down_proj"
-    temporary = solve_bytes(512, 128)
+    temporary = max(solve_bytes(512, 128), measure_bytes(512, 128))
     assert max(held) == pytest.approx(planned.in_memory - tree_bytes(floats) - temporary, rel=0.05)
 
 

@@ -1,0 +1,98 @@
+"""`gptq-jax correct`: a thin command over `eora`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptq_jax.commands import open_float, read_calibration, window, written_windows
+from gptq_jax.options import (
+    ArchConfigOption,
+    CalibrationOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    SamplesOption,
+)
+
+
+def correct(
+    model: ModelArgument,
+    quantized: Annotated[
+        str, typer.Argument(metavar="QUANTIZED", help="What was made of it by `quantize`, or by another tool.")
+    ],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of the factors: rank x (inputs + outputs) numbers a layer.")] = 16,
+    targets: Annotated[str, typer.Option(metavar="REGEX", help="Only layers whose path it is found in. [all]")] = "",
+    calibration: CalibrationOption = "wikitext2",
+    samples: SamplesOption = 128,
+    length: LengthOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the windows' places.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows at a time.")] = 8,
+    devices: Annotated[int | None, typer.Option(metavar="N", help="Share the work among N devices. [all]")] = None,
+    activations: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the calibration between blocks in a file there. [in memory]"),
+    ] = None,
+    arch_config: ArchConfigOption = None,
+    dtype: DtypeOption = Dtype.float32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make up for what quantizing lost by low-rank factors beside the packed weights (EoRA), and write these.
+
+    They are float16 LoRA adapters in PEFT's format: run QUANTIZED with `--adapter`. Takes about as long as quantizing,
+    and begins anew after an interruption.
+    """
+    from gptq_jax.calibration import batches, sample_windows, token_stream
+    from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, corrected_layers, eora, stacked_experts
+    from gptq_jax.storage.directory import check_target
+    from gptq_jax.storage.load import load
+    from gptq_jax.storage.peft import save_lora
+    from gptq_jax.terminal import console, count_progress, escape, note
+
+    check_target(out, overwrite=overwrite)
+    text = read_calibration(calibration)
+    source = open_float(model, dtype, arch_config, whole=False)
+    with console.status(f"loading {escape(quantized)}"):
+        packed = load(quantized, dtype=str(dtype))
+    corrected_layers(source, packed, rank, targets)  # before anything takes long
+    length = window(length, source.config.context_length)
+    how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
+    if text is None:
+        windows = written_windows(source, model, dtype, arch_config, batch_size=batch_size, **how)
+    else:
+        windows = sample_windows(token_stream(text, source.tokenizer), **how)
+    fit = batches(windows, batch_size)
+    layers: list[CorrectedLayer] = []
+    with count_progress("correcting") as show:
+
+        def on_layer(layer: CorrectedLayer, done: int, total: int) -> None:
+            layers.append(layer)
+            show(done, total)
+
+        adapters = eora(
+            source,
+            packed,
+            fit,
+            rank,
+            targets=targets,
+            devices=devices,
+            activations=activations,
+            on_layer=on_layer,
+        )
+    save_lora(adapters, packed, out, overwrite=overwrite)
+    before, after = bits_per_weight(packed, adapters)
+    if stacked := stacked_experts(packed):
+        note(f"left as they are, for stacked experts have no adapters: {', '.join(stacked)}")
+    errors = [sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "corrected_error")]
+    note(f"mean error of {len(layers)} layers: {errors[0]:.4f}, corrected {errors[1]:.4f}")
+    note(f"bits per weight: {before:.3f}, with the factors {after:.3f}")
+    note(f"wrote {out}")
+    if as_json:
+        found = {"rank": rank, "bits_per_weight": before, "corrected_bits_per_weight": after}
+        print(json.dumps({**found, "layers": [asdict(layer) for layer in layers]}))

@@ -1,0 +1,251 @@
+"""Low-rank correction of what quantizing left (EoRA, Liu et al. 2024, arXiv 2410.21271), as adapters beside weights.
+
+Beside each packed weight Q come two thin factors a @ b, with the least tr((E - ab)^T H (E - ab)) of all of their rank:
+E = W - Q is the residual and H = X^T X the Hessian of the layer's inputs. The paper takes the eigenvectors of H, and
+the singular vectors of sqrt(L) V^T E with H = V L V^T. Any factor H = R R^T gives the same right ones, of R^T E; if B
+are the first of them, the paper's factors come to a = E B and b = B^T, and nothing is inverted.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from gptq_jax.clock import Clock
+from gptq_jax.hessian import factorize, output_energy
+from gptq_jax.hooks.experts import is_stacked
+from gptq_jax.hooks.low_rank import LowRank
+from gptq_jax.hooks.nnx import kernel_of, with_kernel
+from gptq_jax.matmul import holds_prepared
+from gptq_jax.methods.gptq import gptq
+from gptq_jax.models.base import Model, check_no_lora, linear_paths
+from gptq_jax.models.lora import Adapters
+from gptq_jax.observe import observe
+from gptq_jax.pipeline import job_for
+from gptq_jax.spec import QuantSpec
+from gptq_jax.storage.checkpoint_source import CheckpointSource
+from gptq_jax.stream import STREAMED_BYTES
+from gptq_jax.tensor import QuantizedTensor
+
+DAMPING = 0.01  # as methods have it by default
+_MORE_COLUMNS, _ROUNDS = 16, 8  # of subspace iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectedLayer:
+    """What a correction did for one layer.
+
+    Attributes:
+        path: of the layer, like "layers.3.mlp.down_proj".
+        error: |X(W-Q)| / |XW|, on the inputs that the corrected model gives.
+        corrected_error: the same with the factors, as they are stored.
+    """
+
+    path: str
+    error: float
+    corrected_error: float
+
+
+def eora(
+    model: Model | CheckpointSource,
+    quantized: Model,
+    batches: Sequence[Any],
+    rank: int = 16,
+    *,
+    targets: str = "",
+    dtype: DTypeLike = jnp.float16,
+    devices: int | Sequence[jax.Device] | None = 1,
+    activations: str | PathLike[str] | None = None,
+    on_layer: Callable[[CorrectedLayer, int, int], None] | None = None,
+) -> Adapters:
+    """Adapters that bring a quantized model's outputs nearer to the float model's, without training.
+
+    One pass through the model, block by block and, inside a block, layer by layer: each layer sees the inputs that its
+    corrected predecessors give it. Time is that of quantizing, less the solver; in memory are the packed model, one
+    float block, and the calibration on its way.
+
+    Args:
+        model: the float one that `quantized` was made from, or its checkpoint (`open_checkpoint`).
+        quantized: packed, by this library or another.
+        batches: calibration, as for `quantize`.
+        rank: columns of `a`: rank * (d_in + d_out) more numbers a layer.
+        targets: a regex that is searched in the paths of layers; "" for all that are packed. Stacked experts have none.
+        dtype: of the factors.
+        devices, activations: as for `quantize_blocks`.
+        on_layer: called after each layer, with how many are done, and how many there are.
+
+    Returns:
+        By path, for `with_lora`, `merge_lora` and `save_lora`.
+
+    Raises:
+        ValueError: before the long work: a rank that is not positive or more than a layer's inputs or outputs, nothing
+            to correct, a model that is not the quantized one's, and what `quantize` says of batches and devices;
+            during it: inputs that are not finite or all zero.
+    """
+    specs = corrected_layers(model, quantized, rank, targets)
+    job = job_for(model, batches, None, gptq(), True, None, devices)
+    streams, clock = job.open_streams(STREAMED_BYTES, activations), Clock()
+    adapters: Adapters = {}
+    for block, packed in zip(job.calibration.blocks, quantized.params["layers"], strict=True):
+        inside = {path: specs.get(block.prefix + path) for group in block.groups for path in group}
+        task = replace(job.task(block, streams, clock), specs=inside)
+        floats = task.read()
+        working = _dequantized(floats, task.parallel.replicate(packed), block.prefix.rstrip("."))
+        for stage in task.stages():
+            observed = observe(block, job.method, task.ways(working, None), stage, keep=True, clock=clock)
+            for path, said in ((path, said) for group, said in zip(stage, observed, strict=True) for path in group):
+                weights = kernel_of(floats, path), kernel_of(working, path)
+                added, corrected, errors = _correct(*weights, said.hessian, rank, jnp.dtype(dtype).name)
+                working = with_kernel(working, path, corrected)
+                adapters[block.prefix + path] = added
+                if on_layer is not None:
+                    before, after = map(float, errors)
+                    layer = CorrectedLayer(path=block.prefix + path, error=before, corrected_error=after)
+                    on_layer(layer, len(adapters), len(specs))
+        task.leave(task.ways(working, None))
+    return adapters
+
+
+def corrected_layers(
+    model: Model | CheckpointSource, quantized: Model, rank: int, targets: str
+) -> dict[str, QuantSpec]:
+    """The layers that get factors, each with its grid; arguments, and errors before the work, as for `eora`."""
+    if not (isinstance(model, Model | CheckpointSource) and isinstance(quantized, Model)):
+        raise TypeError("corrections are for supplied architectures: a module of one's own has no places for adapters.")
+    check_no_lora(quantized, "corrected")
+    if holds_prepared(quantized.params):
+        raise ValueError("the quantized model is prepared to run here: correct the one it was prepared from.")
+    if rank < 1:
+        raise ValueError(f"rank={rank} must be positive.")
+    packed = {path: kernel for path, kernel in _packed(quantized).items() if not is_stacked(kernel)}
+    if not packed:
+        raise ValueError(
+            "the quantized model holds no packed layers that could have a correction: give a quantized one."
+        )
+    abstract = model.config.abstract_params()["layers"]
+    if len(abstract) != len(quantized.params["layers"]):
+        raise ValueError(
+            f"the quantized model has {len(quantized.params['layers'])} blocks, the float one {len(abstract)}: "
+            "give the float model that it was made from."
+        )
+    for path, kernel in packed.items():
+        _, index, inside = path.split(".", 2)
+        if kernel.shape != (expected := kernel_of(abstract[int(index)], inside).shape):
+            raise ValueError(
+                f"{path} has shape {kernel.shape} in the quantized model, but {expected} in the float one: "
+                "give the float model that it was made from."
+            )
+    try:
+        found = {path: kernel for path, kernel in packed.items() if re.search(targets, path)}
+    except re.error as error:
+        raise ValueError(f"targets={targets!r} is not a regular expression: {error}.") from None
+    if not found:
+        raise ValueError(f"targets={targets!r} matches no packed layer: they are named like {next(iter(packed))!r}.")
+    for path, kernel in found.items():
+        if rank > min(kernel.shape):
+            raise ValueError(f"rank={rank} is more than the {min(kernel.shape)} that {path} can have: use less.")
+    return {path: kernel.spec for path, kernel in found.items()}
+
+
+def stacked_experts(quantized: Model) -> list[str]:
+    """The packed layers that have no adapters, and so no correction."""
+    return [path for path, kernel in _packed(quantized).items() if is_stacked(kernel)]
+
+
+def bits_per_weight(quantized: Model, adapters: Mapping[str, LowRank]) -> tuple[float, float]:
+    """Bits of the packed layers for each of their weights, without the factors and with them."""
+    kernels = _packed(quantized).values()
+    weights = sum(math.prod(kernel.shape) for kernel in kernels)
+    packed = sum(kernel.nbytes for kernel in kernels)
+    return 8 * packed / weights, 8 * (packed + sum(leaf.nbytes for leaf in jax.tree.leaves(dict(adapters)))) / weights
+
+
+def low_rank(
+    error: Float[Array, "d_in d_out"], hessian: Float[Array, "d_in d_in"], rank: int, damping: float = DAMPING
+) -> tuple[Float[Array, "d_in {rank}"], Float[Array, "{rank} d_out"]]:
+    """`a`, `b` with the least |R^T (error - a b)|, R R^T the damped Hessian (Eckart and Young).
+
+    By subspace iteration, which takes a few products where a decomposition of a large matrix takes minutes.
+
+    Args:
+        error: E = W - Q.
+        hessian: where it cannot be factored, it counts for nothing.
+        rank: at most d_in and d_out.
+        damping: as in `GPTQOptions`.
+    """
+    upper = factorize(hessian, damping, jnp.mean(jnp.diagonal(hessian))).upper
+    product = partial(jnp.matmul, precision="highest")
+    outputs = product(upper.T, error)
+    columns = min(rank + _MORE_COLUMNS, *error.shape)
+    start = jax.random.normal(jax.random.key(0), (error.shape[1], columns), outputs.dtype)
+
+    def turn(_: Any, basis: Array) -> Array:
+        return jnp.linalg.qr(product(outputs.T, product(outputs, basis)))[0]
+
+    basis = jax.lax.fori_loop(0, _ROUNDS, turn, jnp.linalg.qr(start)[0])
+    *_, inside = jnp.linalg.svd(product(outputs, basis), full_matrices=False)
+    right = product(basis, inside[:rank].T)
+    return product(error, right), right.T
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _correct(
+    weight: Float[Array, "d_in d_out"],
+    kernel: Float[Array, "d_in d_out"],
+    hessian: Float[Array, "d_in d_in"],
+    rank: int,
+    dtype: str,
+) -> tuple[LowRank, Float[Array, "d_in d_out"], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """The factors as they are stored, the kernel with them, and |XE| / |XW| without and with them."""
+    wide = weight.astype(jnp.float32)
+    error = wide - kernel.astype(jnp.float32)
+    a, b = low_rank(error, hessian, rank)
+    added = LowRank(a=a.astype(dtype), b=b.astype(dtype), scale=1.0)
+    left = error - added.weight()
+    of_weight = jnp.maximum(jnp.sum(output_energy(wide, hessian)), jnp.finfo(jnp.float32).tiny)
+
+    def relative(error: Array) -> Array:
+        return jnp.sqrt(jnp.maximum(jnp.sum(output_energy(error, hessian)), 0.0) / of_weight)
+
+    return added, (wide - left).astype(weight.dtype), (relative(error), relative(left))
+
+
+def _packed(model: Model) -> dict[str, QuantizedTensor]:
+    """The packed layers of the blocks by path."""
+    found = {}
+    for index, block in enumerate(model.params["layers"]):
+        for path in linear_paths(model.config, model.config.layer_kind(index)):
+            kernel = kernel_of(block, path)
+            if isinstance(kernel, QuantizedTensor):
+                found[f"layers.{index}.{path}"] = kernel
+    return found
+
+
+def _dequantized(floats: Any, packed: Any, path: str) -> Any:
+    """The float block with what packed weights stand for in the place of its own; all else must be equal."""
+    if isinstance(floats, dict) and isinstance(packed, dict) and floats.keys() == packed.keys():
+        return {name: _dequantized(child, packed[name], f"{path}.{name}") for name, child in floats.items()}
+    if isinstance(packed, QuantizedTensor):
+        return packed.dequantize(floats.dtype)
+    if not (isinstance(floats, jax.Array) and isinstance(packed, jax.Array) and _near(floats, packed)):
+        raise ValueError(
+            f"{path} is another in the quantized model: give the float model that it was made from; of one that was "
+            "rewritten before (hadamard, awq, smooth), the rewritten one."
+        )
+    return floats
+
+
+def _near(ours: Array, theirs: Array) -> bool:
+    """Whether they are equal, though one may have been stored in 16 bits."""
+    if ours.shape != theirs.shape:
+        return False
+    ours, theirs = ours.astype(jnp.float32), theirs.astype(jnp.float32)
+    return bool(jnp.max(jnp.abs(ours - theirs)) <= 0.01 * jnp.max(jnp.abs(ours)))

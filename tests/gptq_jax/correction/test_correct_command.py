@@ -1,0 +1,101 @@
+"""`gptq-jax correct`, and the adapters it writes in `eval` and `generate`."""
+
+import json
+
+import decoder_cases
+import numpy as np
+import pytest
+from decoder_models import TEXT, byte_tokenizer
+from safetensors.numpy import save_file
+from tiny_quantization import rounded
+from typer.testing import CliRunner
+
+import gptq_jax
+from gptq_jax.cli import app
+
+CONFIG = {**decoder_cases.CASES["tied_gqa"], "vocab_size": 300, "num_hidden_layers": 1}
+QUICK = ("--samples", "4", "--length", "24", "--batch-size", "2")
+
+
+def run(*arguments):
+    result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).invoke(app, [*map(str, arguments)])
+    assert result.exit_code in (0, 2), result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a text, and the model at 2 bits, as directories."""
+    path = tmp_path_factory.mktemp("correct")
+    (path / "model").mkdir()
+    (path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    save_file(decoder_cases.tensors(CONFIG), path / "model" / "model.safetensors")
+    byte_tokenizer().save_pretrained(path / "model")
+    (path / "text.txt").write_text(TEXT * 3)
+    model = gptq_jax.load(path / "model")
+    gptq_jax.save(rounded(model, gptq_jax.QuantSpec(bits=2, group_size=24)), path / "packed")
+    return path
+
+
+def test_corrects_what_eval_and_generate_run(folder, tmp_path):
+    text = ("--text", folder / "text.txt", "--length", 32)
+    out = tmp_path / "adapter"
+    done = run(
+        *("correct", folder / "model", folder / "packed", "--out", out, "--calibration", folder / "text.txt", *QUICK),
+        *("--rank", 8, "--json"),
+    )
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)  # so nothing else is there
+    assert f"bits per weight: {told['bits_per_weight']:.3f}, with the factors" in done.stderr
+    assert told["corrected_bits_per_weight"] > told["bits_per_weight"]
+    assert len(told["layers"]) == 7
+
+    model, packed = gptq_jax.load(folder / "model"), gptq_jax.load(folder / "packed")
+    batches = gptq_jax.calibration_batches(
+        str(folder / "text.txt"), model.tokenizer, samples=4, length=24, batch_size=2
+    )
+    expected = gptq_jax.eora(model, packed, batches, 8)
+    adapters = gptq_jax.load_lora(out, packed)
+    assert adapters.keys() == expected.keys()
+    for path, added in adapters.items():
+        np.testing.assert_array_equal(added.a, expected[path].a)
+
+    def perplexity(*options):
+        result = run("eval", folder / "packed", *text, "--against", folder / "model", *options, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    plain, corrected = perplexity(), perplexity("--adapter", out)
+    assert corrected["kl_divergence"] < 0.6 * plain["kl_divergence"]
+    assert (corrected["adapter"], "adapter" in plain) == (str(out), False)
+
+    generate = ("generate", folder / "packed", "--prompt", "the quick", "--max-new-tokens", 8)
+    generated = run(*generate, "--adapter", out)
+    of_python = gptq_jax.generate(gptq_jax.with_lora(gptq_jax.prepare(packed), adapters), "the quick", max_new_tokens=8)
+    assert generated.stdout == f"{of_python}\n"
+
+    again = ("correct", folder / "model", folder / "packed", "--out", out, "--calibration", folder / "text.txt")
+    assert "exists: pass --overwrite" in run(*again).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", 100), "rank=100 is more than the 48 that layers.0.self_attn.q_proj can have"),
+        (("--targets", "nothing"), "targets='nothing' matches no packed layer"),
+        (("--length", 129), "--length 129 is more than the model's context of 128"),
+        (("--calibration", "absent.txt"), "absent.txt does not exist"),
+    ],
+)
+def test_errors(folder, tmp_path, options, message):
+    start = ("correct", folder / "model", folder / "packed", "--out", tmp_path / "out")
+    result = run(*start, "--calibration", folder / "text.txt", *QUICK, *options)
+    assert message in " ".join(result.stderr.split())
+    assert result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_none(folder):
+    result = run("generate", folder / "packed", "--prompt", "x", "--adapter", folder / "model")
+    assert result.exit_code == 2
+    assert "adapter_config.json" in result.stderr
