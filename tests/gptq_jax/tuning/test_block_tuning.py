@@ -37,8 +37,7 @@ def slopes_by_hand(tensor, groups, scale, zero, example):
     return by_scale, by_zero, np.sum(difference**2 / energy) / real.sum()
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("symmetric", "permuted"), [(True, False), (False, True)])
 def test_a_step_is_the_slope_by_hand(symmetric, permuted):
     spec = QuantSpec(bits=3, group_size=8, symmetric=symmetric, scale_dtype="float32")
     groups = np.random.default_rng(3).permutation(np.arange(D_IN) // 8) if permuted else np.arange(D_IN) // 8
