@@ -61,32 +61,44 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(folder, *arguments, processes=2):
-    """The command in several processes; of one, as it is."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def child(folder, *command):
+    """A process with two devices."""
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    command = [sys.executable, "-m", "gptq_jax.cli", *arguments]
+    command = [sys.executable, *command]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def start(folder, *arguments, processes=2):
+    """The command in several processes; of one, as it is."""
+    port = free_port()
     joined = [
         [] if processes == 1 else ["--coordinator", f"localhost:{port}", "--process-id", str(i), "--processes", "2"]
         for i in range(processes)
     ]
-    return [
-        subprocess.Popen(
-            [*command, *options], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for options in joined
-    ]
+    return [child(folder, "-m", "gptq_jax.cli", *arguments, *options) for options in joined]
+
+
+def succeed(children):
+    """What each says."""
+    said = [child.communicate(timeout=500) for child in children]
+    assert [child.returncode for child in children] == [0] * len(children), said[0][1]
+    return [out for out, _ in said]
 
 
 def finish(children):
     """What the first says; the others say nothing."""
-    said = [child.communicate(timeout=500) for child in children]
-    assert [child.returncode for child in children] == [0] * len(children), said[0][1]
-    assert not any(out for out, _ in said[1:])
-    return said[0][0]
+    first, *others = succeed(children)
+    assert not any(others)
+    return first
 
 
 def quantize(out):
@@ -106,6 +118,12 @@ def test_two_processes_do_what_one_does_and_go_on_when_one_died(files):
     one, two = (json.loads(finish(start(files, *evaluation, processes=n))) for n in (1, 2))
     assert (one["devices"], two["devices"]) == (2, 4)
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-6)
+
+    loading = [str(HERE / "load_child.py"), "together"]
+    succeed([child(files, *loading, "one.npy")])
+    port = free_port()
+    succeed([child(files, *loading, "two.npy", f"localhost:{port}", str(i), "2") for i in range(2)])
+    np.testing.assert_allclose(np.load(files / "two.npy"), np.load(files / "one.npy"), rtol=1e-4, atol=1e-5)
 
     first, second = start(files, *quantize("resumed"))
     block = files / ".resumed.unfinished" / "store" / "arrays" / "layers.0"
