@@ -1,13 +1,16 @@
 """The command line: thin commands over the Python functions of the same names."""
 
 import functools
+import gc
 import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -561,9 +564,18 @@ def _main(
 
 def main() -> None:
     """Entry point of the `gptq-jax` command."""
-    # As Ctrl-C, so that what is half-written is taken away.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     app()
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C, and SIGTERM like it, so that what is half-written is taken away."""
+    # Exceptions are lost in callbacks of the garbage collector, of which JAX has one: once more, after it.
+    if frame is not None and any(frame.f_code is getattr(each, "__code__", None) for each in gc.callbacks):
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
+        return
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

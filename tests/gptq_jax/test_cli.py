@@ -1,3 +1,4 @@
+import gc
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 import gptq_jax
 from gptq_jax import demo
-from gptq_jax.cli import app
+from gptq_jax.cli import app, interrupt
 from gptq_jax.methods import METHODS
 from gptq_jax.report import without_times
 from gptq_jax.storage import load
@@ -437,6 +438,25 @@ def test_an_interrupt_leaves_no_output(tmp_path, hf_model, text, sent):
     assert errors.rstrip().split("\n")[-1] == last
     assert "Traceback" not in errors
     assert {path.name for path in tmp_path.iterdir()} <= {"waiting.py", "working", "__pycache__"}
+
+
+def test_an_interrupt_while_garbage_is_collected_is_not_lost():
+    def collected(phase, info):
+        if phase == "stop":
+            signal.raise_signal(signal.SIGINT)
+            gc.callbacks.remove(collected)
+
+    def work():
+        gc.collect()
+        time.sleep(30)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        gc.callbacks.append(collected)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
