@@ -28,6 +28,9 @@ def correct(
     out: Annotated[Path, typer.Option(help="The directory to write.")],
     rank: Annotated[int, typer.Option(min=1, help="Of the factors: rank x (inputs + outputs) numbers a layer.")] = 16,
     targets: Annotated[str, typer.Option(metavar="REGEX", help="Only layers whose path it is found in. [all]")] = "",
+    alpha: Annotated[
+        float, typer.Option(help="Bring layers towards QEP's weights, not the float ones; 0.5 for a model of qep.")
+    ] = 0.0,
     calibration: CalibrationOption = "wikitext2",
     samples: SamplesOption = 128,
     length: LengthOption = None,
@@ -81,6 +84,7 @@ def correct(
             fit,
             rank,
             targets=targets,
+            alpha=alpha,
             devices=devices,
             activations=activations,
             on_layer=on_layer,

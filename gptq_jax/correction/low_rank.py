@@ -26,6 +26,7 @@ from gptq_jax.hooks.low_rank import LowRank
 from gptq_jax.hooks.nnx import kernel_of, with_kernel
 from gptq_jax.matmul import holds_prepared
 from gptq_jax.methods.gptq import gptq
+from gptq_jax.methods.qep import correct, qep
 from gptq_jax.models.base import Model, check_no_lora, linear_paths
 from gptq_jax.models.lora import Adapters
 from gptq_jax.observe import observe
@@ -61,6 +62,7 @@ def eora(
     rank: int = 16,
     *,
     targets: str = "",
+    alpha: float = 0.0,
     dtype: DTypeLike = jnp.float16,
     devices: int | Sequence[jax.Device] | None = 1,
     activations: str | PathLike[str] | None = None,
@@ -78,6 +80,9 @@ def eora(
         batches: calibration, as for `quantize`.
         rank: columns of `a`: rank * (d_in + d_out) more numbers a layer.
         targets: a regex that is searched in the paths of layers; "" for all that are packed. Stacked experts have none.
+        alpha: 0: layers are brought towards their float weights, as in the paper. Else towards QEP's, which make up for
+            what earlier layers lost (`methods.qep.correct`): 0.5 for a model that QEP quantized. Takes a second pass
+            through the float model.
         dtype: of the factors.
         devices, activations: as for `quantize_blocks`.
         on_layer: called after each layer, with how many are done, and how many there are.
@@ -91,7 +96,7 @@ def eora(
             during it: inputs that are not finite or all zero.
     """
     specs = corrected_layers(model, quantized, rank, targets)
-    job = job_for(model, batches, None, gptq(), True, None, devices)
+    job = job_for(model, batches, None, qep(alpha=alpha) if alpha else gptq(), True, None, devices)
     streams, clock = job.open_streams(STREAMED_BYTES, activations), Clock()
     adapters: Adapters = {}
     for block, packed in zip(job.calibration.blocks, quantized.params["layers"], strict=True):
@@ -100,17 +105,18 @@ def eora(
         floats = task.read()
         working = _dequantized(floats, task.parallel.replicate(packed), block.prefix.rstrip("."))
         for stage in task.stages():
-            observed = observe(block, job.method, task.ways(working, None), stage, keep=True, clock=clock)
+            observed = observe(block, job.method, task.ways(working, floats), stage, keep=True, clock=clock)
             for path, said in ((path, said) for group, said in zip(stage, observed, strict=True) for path in group):
                 weights = kernel_of(floats, path), kernel_of(working, path)
-                added, corrected, errors = _correct(*weights, said.hessian, rank, jnp.dtype(dtype).name)
+                drift = said.stats.drift if alpha else None
+                added, corrected, errors = _factors(*weights, said.hessian, drift, alpha, rank, jnp.dtype(dtype).name)
                 working = with_kernel(working, path, corrected)
                 adapters[block.prefix + path] = added
                 if on_layer is not None:
                     before, after = map(float, errors)
                     layer = CorrectedLayer(path=block.prefix + path, error=before, corrected_error=after)
                     on_layer(layer, len(adapters), len(specs))
-        task.leave(task.ways(working, None))
+        task.leave(task.ways(working, floats))
     return adapters
 
 
@@ -196,16 +202,20 @@ def low_rank(
     return product(error, right), right.T
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def _correct(
+@partial(jax.jit, static_argnums=(4, 5, 6))
+def _factors(
     weight: Float[Array, "d_in d_out"],
     kernel: Float[Array, "d_in d_out"],
     hessian: Float[Array, "d_in d_in"],
+    drift: Float[Array, "d_in d_in"] | None,
+    alpha: float,
     rank: int,
     dtype: str,
 ) -> tuple[LowRank, Float[Array, "d_in d_out"], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """The factors as they are stored, the kernel with them, and |XE| / |XW| without and with them."""
+    """The factors as they are stored, the kernel with them, and |XE| / |XW| without and with them; W as QEP has it."""
     wide = weight.astype(jnp.float32)
+    if drift is not None:
+        wide = correct(wide, hessian, drift, alpha, DAMPING)
     error = wide - kernel.astype(jnp.float32)
     a, b = low_rank(error, hessian, rank)
     added = LowRank(a=a.astype(dtype), b=b.astype(dtype), scale=1.0)

@@ -100,22 +100,38 @@ def test_a_hessian_that_cannot_be_factored_counts_for_nothing():
     np.testing.assert_allclose(np.float64(a) @ np.float64(b), u[:, :3] * s[:3] @ vt[:3], atol=1e-4)
 
 
+def inputs(model, tokens, index, inside):
+    """Of the layer `inside` of a block, [tokens, d_in]."""
+    kind, blocks = model.config.layer_kind, model.params["layers"]
+    x = embed(model.config, model.params, jnp.asarray(tokens))
+    for before in range(index):
+        x, _ = run_block(model.config, kind(before), blocks[before], x)
+    seen = capture_block(model.config, kind(index), blocks[index], x, (inside,))[inside]
+    return np.float64(seen).reshape(-1, seen.shape[-1])
+
+
+@pytest.fixture(scope="module")
+def towards_qep(model, quantized):
+    return eora(model, quantized, BATCHES, 4, alpha=0.5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("path", ["layers.0.self_attn.o_proj", "layers.1.mlp.up_proj"])
-def test_each_layer_is_corrected_for_what_its_corrected_predecessors_give_it(model, quantized, adapters, path):
+def test_each_layer_is_corrected_for_what_its_corrected_predecessors_give_it(
+    model, quantized, adapters, towards_qep, path, alpha
+):
+    adapters = towards_qep if alpha else adapters
     order = list(adapters)
     merged = merge_lora(quantized, {before: adapters[before] for before in order[: order.index(path)]})
     _, index, inside = path.split(".", 2)
     index = int(index)
-    hessian = 0
+    hessian = drift = 0
     for tokens in BATCHES:
-        x = embed(model.config, merged.params, jnp.asarray(tokens))
-        for before in range(index):
-            x, _ = run_block(model.config, model.config.layer_kind(before), merged.params["layers"][before], x)
-        block = merged.params["layers"][index]
-        seen = capture_block(model.config, model.config.layer_kind(index), block, x, (inside,))[inside]
-        rows = np.float64(seen).reshape(-1, seen.shape[-1])
+        rows, wanted = (inputs(each, tokens, index, inside) for each in (merged, model))
         hessian += rows.T @ rows
+        drift += rows.T @ (wanted - rows)
     weight = np.float64(kernel_of(model.params["layers"][index], inside))
+    weight += alpha * np.linalg.solve(damped(hessian), drift @ weight)
     error = weight - np.float64(kernel_of(quantized.params["layers"][index], inside).dequantize())
     expected, tail = by_the_paper(error, damped(hessian), 4)
     left = error - np.float64(adapters[path].weight())
