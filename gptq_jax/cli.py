@@ -17,6 +17,7 @@ import typer
 
 from gptq_jax.bench import cli as bench
 from gptq_jax.commands import (
+    calibration_windows,
     mesh_over,
     open_float,
     put_windows,
@@ -24,7 +25,6 @@ from gptq_jax.commands import (
     runnable,
     window,
     windows_file,
-    written_windows,
 )
 from gptq_jax.comparison.cli import compare
 from gptq_jax.correction.cli import correct
@@ -176,7 +176,7 @@ def quantize(
 
     from gptq_jax.allocation import allocate_bits
     from gptq_jax.by_name import make_method, whole
-    from gptq_jax.calibration import batches, sample_windows, token_stream
+    from gptq_jax.calibration import batches
     from gptq_jax.heap import give_back_free_pages, give_back_large_arrays
     from gptq_jax.methods import METHODS
     from gptq_jax.models.base import Model
@@ -216,12 +216,10 @@ def quantize(
     length = window(length, source.config.context_length)
     how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
     kept = windows_file(out, source, **how) if text is None else None
-    if text is not None:
-        windows = sample_windows(token_stream(text, source.tokenizer), **how)
-    elif kept is not None and kept.is_file() and not restart:
+    if kept is not None and kept.is_file() and not restart:
         windows = np.load(kept)
     else:
-        windows = written_windows(source, model, dtype, arch_config, batch_size=batch_size, **how)
+        windows = calibration_windows(text, source, model, dtype, arch_config, batch_size=batch_size, **how)
     fit = batches(windows, batch_size)
     if chosen.rewrite is not None:
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):

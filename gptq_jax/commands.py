@@ -59,7 +59,8 @@ def read_calibration(calibration: str) -> str | None:
         return read_text(calibration)
 
 
-def written_windows(
+def calibration_windows(
+    text: str | None,
     source: Any,
     model: str,
     dtype: Dtype,
@@ -70,12 +71,15 @@ def written_windows(
     seed: int,
     batch_size: int,
 ) -> Int32[np.ndarray, "samples length"]:
-    """Calibration that the model writes, for which it is in memory as a whole, and not afterwards."""
+    """Windows of the text; None: that the model writes, for which it is in memory as a whole, and not afterwards."""
+    from gptq_jax.calibration import sample_windows, token_stream
     from gptq_jax.models.base import Model
     from gptq_jax.self_calibration import self_windows
     from gptq_jax.storage.load import load
     from gptq_jax.terminal import console, count_progress, escape
 
+    if text is not None:
+        return sample_windows(token_stream(text, source.tokenizer), samples=samples, length=length, seed=seed)
     with console.status(f"loading {escape(model)}"):
         loaded = source if isinstance(source, Model) else load(model, dtype=str(dtype), arch_config=arch_config)
     with count_progress("writing calibration tokens") as show:

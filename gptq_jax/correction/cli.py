@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_jax.commands import open_float, read_calibration, window, written_windows
+from gptq_jax.commands import calibration_windows, open_float, read_calibration, window
 from gptq_jax.options import (
     ArchConfigOption,
     CalibrationOption,
@@ -51,7 +51,7 @@ def correct(
     They are float16 LoRA adapters in PEFT's format: run QUANTIZED with `--adapter`. Takes about as long as quantizing,
     and begins anew after an interruption.
     """
-    from gptq_jax.calibration import batches, sample_windows, token_stream
+    from gptq_jax.calibration import batches
     from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, corrected_layers, eora, stacked_experts
     from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.load import load
@@ -66,10 +66,7 @@ def correct(
     corrected_layers(source, packed, rank, targets)  # before anything takes long
     length = window(length, source.config.context_length)
     how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
-    if text is None:
-        windows = written_windows(source, model, dtype, arch_config, batch_size=batch_size, **how)
-    else:
-        windows = sample_windows(token_stream(text, source.tokenizer), **how)
+    windows = calibration_windows(text, source, model, dtype, arch_config, batch_size=batch_size, **how)
     fit = batches(windows, batch_size)
     layers: list[CorrectedLayer] = []
     with count_progress("correcting") as show:

@@ -168,7 +168,7 @@ def _model_axis(mesh: Mesh) -> str:
 
 def _check_rules(mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]) -> None:
     for rule in rules:
-        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], PartitionSpec)):
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], PartitionSpec)):
             raise ValueError(f"rules must be pairs of a regex and a jax.sharding.PartitionSpec, but one is {rule!r}.")
         pattern, spec = rule
         try:
