@@ -294,7 +294,7 @@ def _losses(
         x, target = inputs
         return _negative_log_likelihood(apply_head(config, params, x[None])[0], target)
 
-    return _by_pieces(piece, config.vocab_size, (x[:, :-1], tokens[:, 1:]))
+    return by_pieces(piece, config.vocab_size, (x[:, :-1], tokens[:, 1:]))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -324,7 +324,7 @@ def _differences(
             axis=-1,
         )
 
-    return _by_pieces(piece, 2 * config.vocab_size, (x[:, :-1], other_x[:, :-1], tokens[:, 1:]))
+    return by_pieces(piece, 2 * config.vocab_size, (x[:, :-1], other_x[:, :-1], tokens[:, 1:]))
 
 
 def _negative_log_likelihood(logits: Float[Array, "n vocab"], target: Int32[Array, "n"]) -> Float[Array, "n"]:
@@ -332,7 +332,7 @@ def _negative_log_likelihood(logits: Float[Array, "n vocab"], target: Int32[Arra
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _by_pieces(function: Any, width: int, arrays: tuple[Array, ...]) -> Array:
+def by_pieces(function: Any, width: int, arrays: tuple[Array, ...]) -> Array:
     """Map `function` over pieces of [batch, time, ...] arrays, so that [batch, time, width] never exists."""
     batch, time = arrays[0].shape[:2]
     flat = [array.reshape(batch * time, *array.shape[2:]) for array in arrays]

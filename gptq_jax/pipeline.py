@@ -119,7 +119,10 @@ def quantize(
         model, method = rewritten(model, batches, spec, method)
     job = job_for(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
     check_weights(model)
-    return _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
+    quantized, report = _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
+    if job.method.finish is not None:
+        quantized, report = job.method.finish.apply(model, quantized, report, job.batches)
+    return quantized, report
 
 
 def quantize_blocks(
@@ -160,6 +163,11 @@ def quantize_blocks(
         raise ValueError(
             f"method {method.name!r} has the rewrite {method.rewrite.name!r}, which needs the whole model in memory: "
             "load it, and quantize what `rewritten` returns."
+        )
+    if method is not None and method.finish is not None:
+        raise ValueError(
+            f"method {method.name!r} has the finish {method.finish.name!r}, which needs the whole model in memory: "
+            "leave it out, and call it on what was stored (gptq-jax distill, gptq-jax correct)."
         )
     job = job_for(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
     there = sink.open(job.description(source.identity()))

@@ -80,6 +80,21 @@ class Tuning(NamedTuple):
     settings: tuple[tuple[str, Any], ...] = ()
 
 
+class Finish(NamedTuple):
+    """What is done to a quantized model as a whole, after its last block.
+
+    Attributes:
+        apply: (model, quantized, report, batches) -> quantized, report: the float model, rewritten if the method does
+            that, what was made of it, both in memory, and the calibration as `Batch`es.
+        name: for reports.
+        settings: what it was made with, by name, for the report.
+    """
+
+    apply: Callable[[Any, Any, Any, Sequence[Any]], tuple[Any, Any]]
+    name: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
 class Method(NamedTuple):
     """A quantization method. Adding one needs no registration: pass the value as `method=`.
 
@@ -96,6 +111,7 @@ class Method(NamedTuple):
         independent_outputs: `solve` treats each output by itself, so that devices can share them.
         rewrite: of the model, before: `gptq()._replace(rewrite=hadamard())`.
         tuning: of each block, after: `gptq()._replace(tuning=block_tuning())`.
+        finish: of the whole model, in the end: `gptq()._replace(finish=distillation())`.
     """
 
     init: Callable[[int, int], Stats]
@@ -108,14 +124,18 @@ class Method(NamedTuple):
     independent_outputs: bool = False
     rewrite: Rewrite | None = None
     tuning: Tuning | None = None
+    finish: Finish | None = None
 
     @property
     def all_settings(self) -> dict[str, Any]:
-        """Its own and those of its tuning, for reports."""
-        if self.tuning is None:
-            return dict(self.settings)
-        tuning = {f"tuning_{name}": value for name, value in self.tuning.settings}
-        return {**dict(self.settings), "tuning": self.tuning.name, **tuning}
+        """Its own and those of its tuning and its finish, for reports."""
+        settings = dict(self.settings)
+        if self.tuning is not None:
+            tuning = {f"tuning_{name}": value for name, value in self.tuning.settings}
+            settings |= {"tuning": self.tuning.name, **tuning}
+        if self.finish is not None:
+            settings |= {"finish": self.finish.name, **dict(self.finish.settings)}
+        return settings
 
 
 @lru_cache

@@ -55,16 +55,16 @@ def tune(tuning: Tuning, forward: Forward, params: Params, weights: Kernels, exa
     """
     tensors: Tensors = {path: kernel_of(params, path) for path in weights}
     steps = tuning.epochs * len(examples)
-    variables = _start(tuning, weights, tensors)
-    state = _init(tuning, steps, variables)
+    variables = start(tuning, weights, tensors)
+    state = init(tuning, steps, variables)
     order = np.random.default_rng(0)
     for _ in range(tuning.epochs):
         for number in order.permutation(len(examples)):
             # Not one jit: a block's own compiled program is used again, and no block is kept alive by a cache.
-            kernels, pull = jax.vjp(partial(_kernels, tuning, weights, tensors), variables)
+            kernels, pull = jax.vjp(partial(kernels_of, tuning, weights, tensors), variables)
             slopes = jax.grad(_loss)(kernels, forward, params, examples[number])
             variables, state = _move(tuning, steps, variables, state, *pull(slopes))
-    tuned = _packed(tuning, weights, tensors, variables)
+    tuned = packed(tuning, weights, tensors, variables)
     before, after = (_mean_error(forward, params, each, weights, examples) for each in (tensors, tuned))
     return Tuned(tuned, before, after) if after < before else Tuned(tensors, before, before)
 
@@ -122,7 +122,9 @@ def _mean_error(
 
 
 @partial(jax.jit, static_argnums=0)
-def _start(tuning: Tuning, weights: Kernels, tensors: Tensors) -> dict[str, Variables]:
+def start(tuning: Tuning, weights: Kernels, tensors: Tensors) -> dict[str, Variables]:
+    """What moves, before the first step."""
+
     def one(weight: Array, tensor: QuantizedTensor) -> Variables:
         return tuning.start(weight.astype(jnp.float32), tensor)
 
@@ -130,7 +132,9 @@ def _start(tuning: Tuning, weights: Kernels, tensors: Tensors) -> dict[str, Vari
 
 
 @partial(jax.jit, static_argnums=0)
-def _kernels(tuning: Tuning, weights: Kernels, tensors: Tensors, variables: dict[str, Variables]) -> Kernels:
+def kernels_of(tuning: Tuning, weights: Kernels, tensors: Tensors, variables: dict[str, Variables]) -> Kernels:
+    """The float kernels that the variables stand for."""
+
     def one(weight: Array, tensor: QuantizedTensor, moved: Variables) -> Array:
         codes, grid = tuning.values(moved, weight.astype(jnp.float32), tensor)
         return ((codes - of_rows(grid.zero, tensor)) * of_rows(grid.scale, tensor)).astype(weight.dtype)
@@ -139,7 +143,9 @@ def _kernels(tuning: Tuning, weights: Kernels, tensors: Tensors, variables: dict
 
 
 @partial(jax.jit, static_argnums=0)
-def _packed(tuning: Tuning, weights: Kernels, tensors: Tensors, variables: dict[str, Variables]) -> Tensors:
+def packed(tuning: Tuning, weights: Kernels, tensors: Tensors, variables: dict[str, Variables]) -> Tensors:
+    """The same, as they are stored."""
+
     def one(weight: Array, tensor: QuantizedTensor, moved: Variables) -> QuantizedTensor:
         codes, grid = tuning.values(moved, weight.astype(jnp.float32), tensor)
         return replace(
@@ -153,7 +159,8 @@ def _packed(tuning: Tuning, weights: Kernels, tensors: Tensors, variables: dict[
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _init(tuning: Tuning, steps: int, variables: dict[str, Variables]) -> Any:
+def init(tuning: Tuning, steps: int, variables: dict[str, Variables]) -> Any:
+    """The optimizer's state before the first of so many steps."""
     with jax.numpy_dtype_promotion("standard"):  # optax relies on it
         return tuning.optimizer(steps).init(variables)
 
@@ -162,7 +169,14 @@ def _init(tuning: Tuning, steps: int, variables: dict[str, Variables]) -> Any:
 def _move(
     tuning: Tuning, steps: int, variables: dict[str, Variables], state: Any, slopes: dict[str, Variables]
 ) -> tuple[dict[str, Variables], Any]:
-    with jax.numpy_dtype_promotion("standard"):
+    return moved(tuning, steps, variables, state, slopes)
+
+
+def moved(
+    tuning: Tuning, steps: int, variables: dict[str, Variables], state: Any, slopes: dict[str, Variables]
+) -> tuple[dict[str, Variables], Any]:
+    """Variables and the optimizer's state after a step."""
+    with jax.numpy_dtype_promotion("standard"):  # optax relies on it
         updates, state = tuning.optimizer(steps).update(slopes, state, variables)
         return optax.apply_updates(variables, updates), state
 

@@ -1,0 +1,5 @@
+"""Quantized models trained as a whole towards the float one."""
+
+from gptq_jax.distillation.end_to_end import Distilled, distill, distillation
+
+__all__ = ["Distilled", "distill", "distillation"]
