@@ -110,8 +110,9 @@ def quantize(
         typer.Option(
             help="gptq; qep or gptaq: also make up for earlier layers; rtn: round to nearest; hqq: fit zero points; or "
             "module:factory, a function of yours. Before it, joined by +: hadamard, awq or smooth, which rewrite the "
-            "model, qep, and descent, which improves codes; tune or autoround, which then learn the scales or the "
-            "rounding of each block: hadamard+tune+qep+gptq."
+            "model (hadamard_values rotates values too, hadamard_online also what the last layer of each MLP is given, "
+            "each time the model runs, which no other tool does), qep, and descent, which improves codes; tune or "
+            "autoround, which then learn the scales or the rounding of each block: hadamard+tune+qep+gptq."
         ),
     ] = "gptq",
     tune: Annotated[

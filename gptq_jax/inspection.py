@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gptq_jax.matmul import explain
+from gptq_jax.models.fields import DecoderFields
 from gptq_jax.report import expert_lines, spec_label
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.load import open_source, read_architecture
@@ -31,7 +32,8 @@ def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) ->
 
     Returns:
         Plain data; `layers` are the matrices of every block, and the output head where it is packed. `format`
-        names a packed format, its version and what is `unusual` in the checkpoint; None for others.
+        names a packed format, its version and what is `unusual` in the checkpoint; None for others. `rotated_inputs`
+        is the layer of every block whose input is rotated as the model runs; None where there is none.
 
     Raises:
         OSError, ValueError: as `load`.
@@ -39,7 +41,7 @@ def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) ->
     path = Path(model)
     packed, report = None, None
     if is_store(path) and arch_config is None:
-        _, params, report = read_shapes(path)
+        config, params, report = read_shapes(path)
         kind = "gptq-jax store"
     else:
         source = open_source(model, arch_config)
@@ -60,6 +62,7 @@ def inspect_model(model: str, arch_config: str | PathLike[str] | None = None) ->
         "model": model,
         "kind": kind,
         "format": packed,
+        "rotated_inputs": (config.names.down if isinstance(config, DecoderFields) and config.rotated_down else None),
         "layers": layers,
         "bytes": tree_bytes(params),
         "quantized_layers": len(quantized),
@@ -137,6 +140,8 @@ def inspection_table(result: dict[str, Any]) -> list[Table | str]:
     if result["format"] is not None:
         lines.append(f"format: {result['format']['name']}, version {result['format']['version']}")
         lines += [f"unusual: {note}" for note in result["format"]["unusual"]]
+    if result["rotated_inputs"] is not None:
+        lines.append(f"inputs of {result['rotated_inputs']} are rotated as the model runs (hadamard_online)")
     lines += [f"left float ({reason}): {path}" for path, reason in result["kept_float"].items()]
     lines += [f"{name} declines: {reason}" for name, reason in declined.items()]
     if result["bits_per_weight"] is not None:

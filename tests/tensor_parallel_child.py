@@ -135,6 +135,19 @@ def experts(folder: Path) -> float:
     return difference(many(tokens), model(tokens))
 
 
+def rotated(folder: Path) -> list[float]:
+    """Inputs that are rotated as the model runs mix what lies on several devices."""
+    config = {"num_key_value_heads": 4, "intermediate_size": 96, "rotated_down": True}
+    model, _ = packed_model(QuantSpec(group_size=16), config=config)
+    one = floated(model)
+    found = []
+    for name, each in {"rotated": model, "rotated float": one}.items():
+        save(each, folder / name)
+        many = load(folder / name, mesh=mesh_of(2))
+        found.append(difference((prepare(many) if each is model else many)(TOKENS), one(TOKENS)))
+    return found
+
+
 def refused(call) -> str:
     try:
         call()
@@ -214,7 +227,7 @@ def results(folder: Path) -> dict:
     explicit = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
     placed = load(folder / "2 bits", mesh=explicit).params["embed"]["embedding"].sharding.mesh
     out["explicit axes"] = {axis_type.name for axis_type in placed.axis_types} == {"Auto"}
-    parts = {"experts": experts, "refusals": refusals, "cli": commands}
+    parts = {"experts": experts, "rotated": rotated, "refusals": refusals, "cli": commands}
     return {**out, **{name: part(folder) for name, part in parts.items()}, "fallbacks": fallbacks()}
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from gptq_jax.models.attention import KVCache, cached_attention, causal_attention
 from gptq_jax.models.experts import by_experts, expert_layers
 from gptq_jax.models.fields import DecoderFields
+from gptq_jax.models.hadamard import hadamard_transform
 from gptq_jax.models.mlp import ACTIVATIONS, MLPS
 from gptq_jax.models.norms import NORMS
 from gptq_jax.models.residuals import RESIDUALS
@@ -102,7 +103,7 @@ class Block(nnx.Module):
         """The residual stream after the block, and the updated cache; see `run_block` for positions and mask."""
         attend = partial(self._attend, positions=positions, cache=cache, mask=mask)
         transform = MLPS[self.config.mlp].transform if self.config.experts is None else by_experts
-        mlp = partial(transform, self._part, ACTIVATIONS[self.config.hidden_act])
+        mlp = partial(transform, self._part_of_mlp, ACTIVATIONS[self.config.hidden_act])
         return RESIDUALS[self.config.residual].join(x, self._part, attend, mlp)
 
     def _attend(
@@ -153,6 +154,12 @@ class Block(nnx.Module):
     def _part(self, role: str) -> Any:
         """A layer by its role: whatever stands in its place when it is called."""
         return reduce(getattr, getattr(self.config.names, role).split("."), self)
+
+    def _part_of_mlp(self, role: str) -> Any:
+        layer = self._part(role)
+        if role == "down" and self.config.rotated_down:
+            return lambda x: layer(hadamard_transform(x))
+        return layer
 
 
 class Head(nnx.Module):

@@ -6,6 +6,7 @@ from typing import Any
 
 from gptq_jax.models.attention import Scores
 from gptq_jax.models.experts import Experts
+from gptq_jax.models.hadamard import hadamard_factors
 from gptq_jax.models.mlp import ACTIVATIONS, MLPS
 from gptq_jax.models.names import Names
 from gptq_jax.models.norms import NORMS
@@ -40,6 +41,7 @@ class DecoderFields:
         attention_bias: q, k and v have biases.
         output_bias: the projection after attention has one; None for the same as q, k and v.
         mlp_bias: the layers of the MLP have biases.
+        rotated_down: the input of `down` is multiplied by a Hadamard matrix, which its kernel takes back.
         qk_norm: queries and keys are normalized head by head, before they are rotated.
         scores: what is made of products of queries and keys.
         sliding_window: a token attends to itself and `sliding_window - 1` before it; None for all before it.
@@ -76,6 +78,7 @@ class DecoderFields:
     attention_bias: bool = False
     output_bias: bool | None = None
     mlp_bias: bool = False
+    rotated_down: bool = False
     qk_norm: bool = False
     scores: Scores = field(default_factory=Scores)
     sliding_window: int | None = None
@@ -120,6 +123,11 @@ class DecoderFields:
             )
         if self.tie_embeddings and self.head_bias:
             raise ValueError("head_bias=True needs a head of its own: tie_embeddings must be False.")
+        if self.rotated_down and (reason := _not_rotated(self)) is not None:
+            raise ValueError(
+                f"rotated_down=True: the input of `down` cannot be rotated online, because {reason}: rotate without "
+                "online=True, by --method hadamard_values on the command line."
+            )
         if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
             raise ValueError(f"there are {len(self.layer_kinds)} layer_kinds for {self.num_layers} layers.")
         for name in set(self.layer_kinds):
@@ -133,6 +141,16 @@ class DecoderFields:
         """The decoder whose blocks are all of one kind."""
         fields = dict(self.kinds).get(kind, ())
         return replace(self, layer_kinds=(), kinds=(), **dict(fields)) if fields else self
+
+
+def _not_rotated(config: DecoderFields) -> str | None:
+    if config.experts is not None:
+        return "each expert has one of its own"
+    if hadamard_factors(config.intermediate_size) is None:
+        return (
+            f"no Hadamard matrix of its size {config.intermediate_size} is known here that is a product of small ones"
+        )
+    return None
 
 
 _CHOICES: dict[str, Collection[str]] = {

@@ -1,8 +1,13 @@
-"""A rotation of the residual stream, fused into the weights (R1 of QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
+"""Rotations of what layers read, fused into the weights (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
 
 RMSNorm of a rotated vector is the rotated RMSNorm, once its gains are folded into the layers that read it. So the
 stream x can be x Q throughout: what is added to it is written as W Q, and what reads it reads Q^T W. A Hadamard matrix
 Q mixes all channels alike, and outliers of a few become small parts of all.
+
+Attention adds up values, each times a number: values of a head can be rotated where they are made, and taken back by
+the layer after attention (R2 of SpinQuant, Liu et al. 2024, arXiv 2405.16406, which names the rotations). Between the
+activation of an MLP and the layer `down` nothing can take up a rotation, which is therefore computed
+as the model runs (R4).
 """
 
 from dataclasses import replace
@@ -16,24 +21,32 @@ from jaxtyping import Array, Float
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.methods.base import Rewrite
 from gptq_jax.models.base import Model
+from gptq_jax.models.families.base import ROTATED_DOWN
 from gptq_jax.models.fields import DecoderFields
-from gptq_jax.rewrites.roles import changed, layer, readers, writers
+from gptq_jax.models.hadamard import hadamard_matrix, hadamard_transform
+from gptq_jax.rewrites.roles import changed, layer, readers, value_heads, writers
 
 # A norm's gain is this much more than what is stored.
 _OFFSETS = {"rms": 0.0, "rms_plus_one": 1.0}
 _JOINED = ("sequential", "parallel", "parallel_one_norm")
 
 
-def hadamard(seed: int = 0) -> Rewrite:
-    """Rotate the residual stream by a Hadamard matrix with random signs.
+def hadamard(seed: int = 0, *, values: bool = False, online: bool = False) -> Rewrite:
+    """Rotate the residual stream by a Hadamard matrix with random signs (R1), and more if asked.
 
-    The product runs as before, nothing is computed online. A head that is tied to the embedding becomes one of its own,
-    because the gains of the last norm go into it. In bfloat16 the rotated weights are rounded: load in float32.
+    Without `online` the product runs as before, and nothing is computed online. A head that is tied to the embedding
+    becomes one of its own, because the gains of the last norm go into it. In bfloat16 the rotated weights are rounded:
+    load in float32.
 
     Args:
         seed: of the signs.
+        values: also the values of every head, by one matrix, with random signs too (R2).
+        online: also the input of every MLP's last layer, each time the model runs, by a Hadamard matrix that is a
+            product of small ones (R4): the model's config has `rotated_down`, and other tools cannot run it.
     """
-    return Rewrite(partial(_apply, seed=seed), name="hadamard", settings=(("rotation_seed", seed),))
+    more = {"rotated_values": values, ROTATED_DOWN: online}
+    settings = (("rotation_seed", seed), *((name, True) for name, chosen in more.items() if chosen))
+    return Rewrite(partial(_apply, seed=seed, values=values, online=online), name="hadamard", settings=settings)
 
 
 def rotation(size: int, seed: int = 0) -> Float[np.ndarray, "size size"]:
@@ -46,41 +59,8 @@ def rotation(size: int, seed: int = 0) -> Float[np.ndarray, "size size"]:
     return signs[:, None] * found / size**0.5
 
 
-def hadamard_matrix(size: int) -> Float[np.ndarray, "size size"] | None:
-    """A matrix of ones and minus ones with orthogonal rows, by Sylvester's doubling and Paley's two constructions."""
-    if size == 1:
-        return np.ones((1, 1))
-    if size % 2:
-        return None
-    half = hadamard_matrix(size // 2)
-    if half is not None:
-        return np.kron([[1.0, 1.0], [1.0, -1.0]], half)
-    if size % 4 == 0 and _is_prime(size - 1):
-        return np.eye(size) + _conference(size - 1, -1.0)
-    if size % 4 == 0 and _is_prime(size // 2 - 1) and size % 8 == 4:
-        core = _conference(size // 2 - 1, 1.0)
-        return np.kron(core, [[1.0, 1.0], [1.0, -1.0]]) + np.kron(np.eye(size // 2), [[1.0, -1.0], [-1.0, -1.0]])
-    return None
-
-
-def _conference(prime: int, border: float) -> Float[np.ndarray, "_ _"]:
-    """Quadratic residues of all differences mod a prime, with a border of ones; border -1 makes it skew."""
-    squares = set(np.arange(1, prime) ** 2 % prime)
-    character = np.array([0.0, *(1.0 if value in squares else -1.0 for value in range(1, prime))])
-    each = np.arange(prime)
-    matrix = np.ones((prime + 1, prime + 1))
-    matrix[1:, 0] = border
-    matrix[0, 0] = 0.0
-    matrix[1:, 1:] = character[(each[:, None] - each[None]) % prime]
-    return matrix
-
-
-def _is_prime(number: int) -> bool:
-    return number > 1 and all(number % factor for factor in range(2, int(number**0.5) + 1))
-
-
-def check(model: Any) -> None:
-    """Raise ValueError saying why a model's stream cannot be rotated."""
+def check(model: Any, *, online: bool = False) -> None:
+    """Raise ValueError saying why a model's stream, or with `online` the input of `down`, cannot be rotated."""
     if not isinstance(model, Model) or not isinstance(model.config, DecoderFields):
         raise ValueError("hadamard: the model is not a supplied decoder, so what reads its stream is not known.")
     config = model.config
@@ -95,31 +75,36 @@ def check(model: Any) -> None:
     for reason, found in reasons.items():
         if found:
             raise ValueError(f"hadamard: the model's stream cannot be rotated, because {reason}.")
+    if online and config.rotated_down:
+        raise ValueError("hadamard: online=True, but the input of `down` is rotated already: leave online out.")
 
 
-def _apply(model: Any, batches: Any, rules: Any, *, seed: int) -> Model:
-    check(model)
+def _apply(model: Any, batches: Any, rules: Any, *, seed: int, values: bool, online: bool) -> Model:
+    check(model, online=online)
     config = model.config
+    rotated = replace(config, tie_embeddings=False, rotated_down=config.rotated_down or online)  # or says why not
     turn = jnp.asarray(rotation(config.hidden_size, seed), jnp.float32)
     offset = _OFFSETS[config.norm]
     embedding = model.params["embed"]["embedding"]
     head = model.params["head"]
     kernel = embedding.T if config.tie_embeddings else head["lm_head"]["kernel"]
     lm_head = {**head.get("lm_head", {}), "kernel": _read(kernel, head["norm"]["scale"] + offset, turn)}
-    layers = [
-        _block(config.of_kind(config.layer_kind(index)), block, turn, offset)
-        for index, block in enumerate(model.params["layers"])
-    ]
+    layers = []
+    for index, block in enumerate(model.params["layers"]):
+        of_kind = config.of_kind(config.layer_kind(index))
+        block = _block(of_kind, block, turn, offset)
+        block = rotate_values(of_kind, block, seed) if values else block
+        layers.append(changed(block, of_kind.names.down, "kernel", _read_online) if online else block)
     norm = {**head["norm"], "scale": jnp.full_like(head["norm"]["scale"], 1.0 - offset)}
     return replace(
         model,
-        config=replace(config, tie_embeddings=False),
+        config=rotated,
         params={
             "embed": {**model.params["embed"], "embedding": _write(embedding, turn)},
             "layers": layers,
             "head": {**head, "norm": norm, "lm_head": lm_head},
         },
-        source={**model.source, "tie_word_embeddings": False},
+        source={**model.source, "tie_word_embeddings": False, **({ROTATED_DOWN: True} if online else {})},
     )
 
 
@@ -135,6 +120,29 @@ def _block(config: DecoderFields, block: Params, turn: Float[Array, "d d"], offs
         for leaf in ("kernel", "bias"):
             block = changed(block, getattr(names, role), leaf, lambda array: _write(array, turn))
     return block
+
+
+def rotate_values(config: DecoderFields, block: Params, seed: int = 0) -> Params:
+    """The block with the values of every head rotated, and an output layer that takes that back (R2)."""
+    turn = jnp.asarray(rotation(config.head_dim, seed), jnp.float32)
+    role, heads = value_heads(config)
+
+    def write(array: Array) -> Array:
+        by_head = array.reshape(*array.shape[:-1], -1, config.head_dim)
+        return by_head.at[..., heads, :].set(_write(by_head[..., heads, :], turn)).reshape(array.shape)
+
+    def read(kernel: Array) -> Array:
+        by_head = kernel.reshape(-1, config.head_dim, kernel.shape[-1])
+        return _read(by_head, jnp.ones(config.head_dim), turn).reshape(kernel.shape)
+
+    for leaf in ("kernel", "bias"):
+        block = changed(block, getattr(config.names, role), leaf, write)
+    return changed(block, config.names.output, "kernel", read)
+
+
+def _read_online(kernel: Float[Array, "d d_out"]) -> Float[Array, "d d_out"]:
+    """The kernel of a layer whose input is given to `hadamard_transform` first."""
+    return hadamard_transform(kernel.astype(jnp.float32).T).T
 
 
 def _read(

@@ -23,6 +23,16 @@ def readers(config: DecoderFields) -> dict[str, tuple[str, ...]]:
     return {"attention_norm": attention, "mlp_norm": mlp}
 
 
+def value_heads(config: DecoderFields) -> tuple[str, slice]:
+    """The layer that makes values, and which of its outputs they are, head by head."""
+    layers = {
+        "separate": ("value", slice(None)),
+        "concatenated": ("qkv", slice(-config.num_kv_heads, None)),
+        "per_head": ("qkv", slice(2, None, 3)),
+    }
+    return layers[config.qkv]
+
+
 def writers(config: DecoderFields) -> tuple[str, ...]:
     """The layers whose outputs are added to the residual stream."""
     return ("output", "down" if config.experts is None else "expert_down")

@@ -84,7 +84,7 @@ def scaling_groups(config: DecoderFields) -> tuple[ScalingGroup, ...]:
         groups = [ScalingGroup(norm, roles) for norm, roles in readers(config).items() if "router" not in roles]
     if config.qkv == "separate" and config.num_kv_heads == config.num_heads:
         groups.append(ScalingGroup("value", ("output",)))
-    if config.experts is None:
+    if config.experts is None and not config.rotated_down:  # a rotation mixes what is scaled
         if config.mlp in ("gated", "fused"):
             fused = config.mlp == "fused"
             groups.append(ScalingGroup("gate_up" if fused else "up", ("down",), half=fused))

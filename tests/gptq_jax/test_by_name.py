@@ -25,6 +25,21 @@ def test_names_compose_from_the_outside_in():
 
 
 @pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("hadamard", {}),
+        ("hadamard_values", {"rotated_values": True}),
+        ("hadamard_online", {"rotated_values": True, "rotated_down": True}),
+    ],
+)
+def test_rotations_have_names(name, settings):
+    found = make_method(f"{name}+gptq", {})
+    assert found._replace(rewrite=None) == gptq()
+    assert found.rewrite.name == "hadamard"
+    assert dict(found.rewrite.settings) == {"rotation_seed": 0, **settings}
+
+
+@pytest.mark.parametrize(
     ("name", "alpha", "message"),
     [
         ("best", None, "'best' is none of gptq"),

@@ -208,12 +208,14 @@ def test_flax_and_orbax_models(tmp_path, hf_model, text):
 def test_a_rewrite_before_a_method(tmp_path, hf_model, text):
     """The stored model is the rewritten one: its head is not the embedding now, its logits are nearly the same."""
     options = ("--calibration", text, "--samples", 2, "--length", 24, "--bits", 8, "--group-size", 16)
-    done = run("quantize", hf_model, "--out", tmp_path / "out", "--method", "hadamard+rtn", *options, "--json")
+    done = run("quantize", hf_model, "--out", tmp_path / "out", "--method", "hadamard_online+rtn", *options, "--json")
     assert done.exit_code == 0, done.stderr
-    assert {"rewrite": "hadamard", "rotation_seed": 0}.items() <= json.loads(done.stdout)["settings"].items()
+    said = {"rewrite": "hadamard", "rotation_seed": 0, "rotated_values": True, "rotated_down": True}
+    assert said.items() <= json.loads(done.stdout)["settings"].items()
     stored, float_model = gptq_jax.load(tmp_path / "out"), gptq_jax.load(hf_model)
     assert float_model.config.tie_embeddings
     assert not stored.config.tie_embeddings
+    assert stored.config.rotated_down
     tokens = np.arange(20, dtype=np.int32)[None]
     expected = np.asarray(float_model(tokens))
     assert np.abs(np.asarray(stored(tokens)) - expected).max() < 0.05 * np.abs(expected).max()

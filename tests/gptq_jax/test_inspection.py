@@ -84,6 +84,18 @@ def test_the_table_fits_80_columns_and_tells_all(result):
     assert all(f"{name} declines: " in text for name in declined)
 
 
+def test_inputs_that_are_rotated_as_the_model_runs_are_told(result, tmp_path):
+    model = float_model(layers=1)
+    source = {**model.source, "rotated_down": True}
+    rotated = replace(model, config=replace(model.config, rotated_down=True), source=source)
+    save(rotated, tmp_path / "out")
+    found = inspect_model(str(tmp_path / "out"))
+    assert (result["rotated_inputs"], found["rotated_inputs"]) == (None, "mlp.down_proj")
+    line = "inputs of mlp.down_proj are rotated as the model runs (hadamard_online)"
+    assert line in inspection_table(found)
+    assert line not in inspection_table(result)
+
+
 def test_nothing_is_read_but_the_descriptions(result, monkeypatch):
     monkeypatch.setattr(store, "load_store", lambda _: pytest.fail("the arrays were read"))
     assert inspect_model(result["model"]) == result

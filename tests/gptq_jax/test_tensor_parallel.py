@@ -73,6 +73,11 @@ def test_experts(found):
     assert found["experts"] < 1e-5
 
 
+def test_inputs_that_are_rotated_as_the_model_runs(found):
+    assert len(found["rotated"]) == 2
+    assert max(found["rotated"]) < 1e-5
+
+
 def test_axes_of_a_mesh_become_automatic(found):
     assert found["explicit axes"]
 

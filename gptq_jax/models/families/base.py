@@ -42,19 +42,22 @@ class Family:
     inner: str | None = None
 
 
+ROTATED_DOWN = "rotated_down"  # no family's: the config of a model that was rotated says so (rewrites.hadamard)
+
 _DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
+    ROTATED_DOWN: False,
 }
 _KINDS: dict[str, type] = {  # of the fields that are read, where they are not null
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), int),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), int),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings", "sliding_window"), int),
     **dict.fromkeys(("rms_norm_eps", "rope_theta", "partial_rotary_factor"), float),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), bool),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", ROTATED_DOWN), bool),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), dict),
     "hidden_act": str,
 }
@@ -112,6 +115,7 @@ def read_config(model_type: str, family: Family, hf_config: Mapping[str, Any]) -
         "hidden_act": fields["hidden_act"],
         "attention_bias": fields["attention_bias"],
         "mlp_bias": fields["mlp_bias"],
+        "rotated_down": fields[ROTATED_DOWN],
         "sliding_window": fields["sliding_window"],
         "tie_embeddings": fields["tie_word_embeddings"],
     }

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gptq_jax.models.base import Model, check_no_lora
+from gptq_jax.models.fields import DecoderFields
 from gptq_jax.storage.directory import check_target
 from gptq_jax.storage.export import compressed_tensors, floats, gptq
 from gptq_jax.storage.export.base import Options, check_dtype, default_dtype, parse_size, write_directory
@@ -77,6 +78,11 @@ def export(
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}.")
     check_no_lora(model, "exported")
+    if isinstance(model.config, DecoderFields) and model.config.rotated_down:
+        raise ValueError(
+            f"format={format!r} cannot hold the model, because it rotates inputs as it runs (rotated_down=True), which "
+            "other tools do not: save it, or quantize it anew with hadamard_values in place of hadamard_online."
+        )
     options = Options(
         dtype=default_dtype(model) if dtype is None else check_dtype(dtype),
         max_shard_size=parse_size(max_shard_size),

@@ -109,6 +109,16 @@ def test_values_beyond_a_dtype_are_refused(tmp_path, model):
     export(replace(model, params=large), tmp_path / "out", format="gptq", dtype="bfloat16")
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_rotates_inputs_as_it_runs_is_refused(tmp_path, model, format):
+    rotated = replace(model, config=replace(model.config, rotated_down=True))
+    with pytest.raises(
+        ValueError, match=f"format='{format}' cannot hold the model, because it rotates inputs .* save it"
+    ):
+        export(rotated, tmp_path / "out.gguf", format=format)
+    assert os.listdir(tmp_path) == []
+
+
 def test_no_tokenizer(tmp_path, model):
     export(replace(model, tokenizer=None), tmp_path / "out", format="gptq")
     assert load(tmp_path / "out").tokenizer is None
