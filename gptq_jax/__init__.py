@@ -8,9 +8,21 @@ from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.tensor import QuantizedTensor
 
 # methods
-from gptq_jax.methods import LayerBatch, Method, Solution, coordinate_descent, gptaq, gptq, gptq_solve, hqq, qep, rtn
+from gptq_jax.methods import (
+    LayerBatch,
+    Method,
+    Solution,
+    coordinate_descent,
+    fractional_zeros,
+    gptaq,
+    gptq,
+    gptq_solve,
+    hqq,
+    qep,
+    rtn,
+)
 
-from gptq_jax.methods.base import Rewrite, Tuning
+from gptq_jax.methods.base import Finish, Rewrite, Tuning
 from gptq_jax.rewrites import awq, hadamard, smooth
 from gptq_jax.tuning import block_tuning, learned_rounding
 
@@ -29,7 +41,8 @@ from gptq_jax.storage.sharding import ShardingRules
 from gptq_jax.allocation import allocate_bits
 from gptq_jax.calibration import calibration_batches
 from gptq_jax.comparison import ComparisonTable, compare_methods, write_report
-from gptq_jax.correction import eora
+from gptq_jax.correction import eora, low_rank_correction
+from gptq_jax.distillation import distill, end_to_end_tuning
 from gptq_jax.evaluate import Reference, compare, perplexity
 from gptq_jax.generate import generate
 from gptq_jax.pipeline import quantize, quantize_blocks
@@ -44,6 +57,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointSource",
     "ComparisonTable",
+    "Finish",
     "LayerBatch",
     "Method",
     "Model",
@@ -65,8 +79,11 @@ __all__ = [
     "compare",
     "compare_methods",
     "coordinate_descent",
+    "distill",
+    "end_to_end_tuning",
     "eora",
     "export",
+    "fractional_zeros",
     "generate",
     "gptaq",
     "gptq",
@@ -77,6 +94,7 @@ __all__ = [
     "load",
     "load_lora",
     "lora",
+    "low_rank_correction",
     "merge_lora",
     "open_checkpoint",
     "perplexity",

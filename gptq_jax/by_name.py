@@ -6,14 +6,32 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gptq_jax.methods import METHODS, Method, coordinate_descent, qep
+from gptq_jax.correction import low_rank_correction
+from gptq_jax.distillation import end_to_end_tuning
+from gptq_jax.methods import METHODS, Method, coordinate_descent, fractional_zeros, qep
+from gptq_jax.methods.base import Finish
+from gptq_jax.methods.qep import ALPHA
 from gptq_jax.rewrites import REWRITES
 from gptq_jax.tuning import TUNINGS
 
 # Methods that take the one they go around.
-AROUND: Mapping[str, Callable[..., Method]] = {"qep": qep, "descent": coordinate_descent}
+AROUND: Mapping[str, Callable[..., Method]] = {
+    "qep": qep,
+    "descent": coordinate_descent,
+    "fractions": fractional_zeros,
+}
+# What is done to the whole model in the end.
+FINISHES: Mapping[str, Callable[..., Finish]] = {"distill": end_to_end_tuning, "eora": low_rank_correction}
 # What a name goes around that comes last, where that is possible. Learned rounding begins at rounding to nearest.
-ALONE: Mapping[str, str] = {"qep": "gptq", "descent": "gptq", "tune": "gptq", "autoround": "rtn"}
+ALONE: Mapping[str, str] = {
+    "qep": "gptq",
+    "descent": "gptq",
+    "fractions": "gptq",
+    "tune": "gptq",
+    "autoround": "rtn",
+    "distill": "gptq",
+    "eora": "gptq",
+}
 
 
 def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = None) -> Method:
@@ -21,7 +39,7 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
 
     Args:
         name: the last is in METHODS, or `module:factory`, which returns a method; those before it are in AROUND,
-            REWRITES or TUNINGS. "qep" and "tune" alone go around gptq, "autoround" around rtn.
+            REWRITES, TUNINGS or FINISHES. "autoround" alone goes around rtn, all others that can around gptq.
         options: that the last is called with.
         alpha: of qep or gptaq; None for their own.
 
@@ -30,7 +48,7 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
         ImportError: the module cannot be imported.
     """
     *outer, inner = whole(name).split("+")
-    known = (*AROUND, *REWRITES, *TUNINGS)
+    known = (*AROUND, *REWRITES, *TUNINGS, *FINISHES)
     if unknown := [part for part in outer if part not in known]:
         raise ValueError(f"--method {name!r}: {unknown[0]!r} is none of {', '.join(known)}.")
     if alpha is not None and "qep" not in outer and inner != "gptaq":
@@ -45,6 +63,12 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
             if method.tuning is not None:
                 raise ValueError(f"--method {name!r} tunes each block twice: leave out {part!r} or the other.")
             method = method._replace(tuning=TUNINGS[part]())
+        elif part in FINISHES:
+            if method.finish is not None:
+                raise ValueError(f"--method {name!r} has two ends: leave out {part!r} or the other.")
+            # Factors make up for the loss of the weights that the method aimed at.
+            towards = {"alpha": ALPHA if alpha is None else alpha} if part == "eora" and "qep" in outer else {}
+            method = method._replace(finish=FINISHES[part](**towards))
         else:
             method = AROUND[part](method, **({"alpha": alpha} if part == "qep" and alpha is not None else {}))
     return method

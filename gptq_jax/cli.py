@@ -28,6 +28,7 @@ from gptq_jax.commands import (
 )
 from gptq_jax.comparison.cli import compare
 from gptq_jax.correction.cli import correct
+from gptq_jax.distillation.cli import distill
 from gptq_jax.options import (
     AdapterOption,
     ArchConfigOption,
@@ -111,8 +112,9 @@ def quantize(
             help="gptq; qep or gptaq: also make up for earlier layers; rtn: round to nearest; hqq: fit zero points; or "
             "module:factory, a function of yours. Before it, joined by +: hadamard, awq or smooth, which rewrite the "
             "model (hadamard_values rotates values too, hadamard_online also what the last layer of each MLP is given, "
-            "each time the model runs, which no other tool does), qep, and descent, which improves codes; tune or "
-            "autoround, which then learn the scales or the rounding of each block: hadamard+tune+qep+gptq."
+            "each time the model runs, which no other tool does), qep, descent, which improves codes, and fractions, "
+            "which stores zero points as such; tune or autoround, which then learn the scales, and such zero points, "
+            "or the rounding of each block: hadamard+tune+qep+gptq."
         ),
     ] = "gptq",
     tune: Annotated[
@@ -210,6 +212,11 @@ def quantize(
         options["grid"] = str(grid or GridName.minmax)
     give_back_large_arrays()
     chosen = make_method(method, options, alpha=alpha)
+    if chosen.finish is not None:
+        raise ValueError(
+            f"--method {method!r}: {chosen.finish.name} is done to a whole model: quantize without it, and then "
+            f"run `gptq-jax {'correct' if chosen.finish.name == 'eora' else 'distill'} MODEL {out}`."
+        )
     check_target(out, overwrite=overwrite)
     text = read_calibration(calibration)
     source = open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
@@ -499,6 +506,7 @@ def demo(
 command(planning.plan)
 command(compare)
 command(correct)
+command(distill)
 for function in (bench.kernels, bench.decode):
     command(function, bench_app)
 

@@ -1,5 +1,5 @@
 """What quantizing left, made up for by adapters beside the packed weights."""
 
-from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, eora
+from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, eora, low_rank_correction
 
-__all__ = ["CorrectedLayer", "bits_per_weight", "eora"]
+__all__ = ["CorrectedLayer", "bits_per_weight", "eora", "low_rank_correction"]

@@ -19,18 +19,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gptq_jax.calibration import Batch
 from gptq_jax.clock import Clock
 from gptq_jax.hessian import factorize, output_energy
 from gptq_jax.hooks.experts import is_stacked
 from gptq_jax.hooks.low_rank import LowRank
 from gptq_jax.hooks.nnx import kernel_of, with_kernel
 from gptq_jax.matmul import holds_prepared
+from gptq_jax.methods.base import Finish
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.methods.qep import correct, qep
 from gptq_jax.models.base import Model, check_no_lora, linear_paths
-from gptq_jax.models.lora import Adapters
+from gptq_jax.models.lora import Adapters, with_lora
 from gptq_jax.observe import observe
 from gptq_jax.pipeline import job_for
+from gptq_jax.report import Report
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.checkpoint_source import CheckpointSource
 from gptq_jax.stream import STREAMED_BYTES
@@ -118,6 +121,26 @@ def eora(
                     on_layer(layer, len(adapters), len(specs))
         task.leave(task.ways(working, floats))
     return adapters
+
+
+def low_rank_correction(rank: int = 16, *, alpha: float = 0.0) -> Finish:
+    """`eora` as the end of a method, on the calibration it was solved with: `gptq()._replace(finish=...)`.
+
+    Args:
+        rank, alpha: as for `eora`; after `qep`, alpha is best its own.
+    """
+
+    def apply(model: Any, quantized: Any, report: Report, batches: Sequence[Batch]) -> tuple[Any, Report]:
+        adapters = eora(model, quantized, batches, rank, alpha=alpha)
+        layers = tuple(
+            replace(layer, nbytes=layer.nbytes + sum(leaf.nbytes for leaf in jax.tree.leaves(adapters[layer.path])))
+            if layer.path in adapters
+            else layer
+            for layer in report.layers
+        )
+        return with_lora(quantized, adapters), replace(report, layers=layers)
+
+    return Finish(apply, "eora", settings=(("rank", rank), ("eora_alpha", alpha)))
 
 
 def corrected_layers(

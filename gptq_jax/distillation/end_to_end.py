@@ -118,8 +118,8 @@ def distill(
     return student.packed(moving), Distilled(before=before, after=after, steps=done)
 
 
-def distillation(*, epochs: int = EPOCHS, rate: float = RATE) -> Finish:
-    """`distill` as the end of a method: `qep()._replace(finish=distillation())`, on the windows of its calibration.
+def end_to_end_tuning(*, epochs: int = EPOCHS, rate: float = RATE) -> Finish:
+    """`distill` as the end of a method, on its calibration: `qep()._replace(finish=end_to_end_tuning())`.
 
     Args:
         epochs, rate: of `block_tuning`.

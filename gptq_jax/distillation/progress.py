@@ -23,15 +23,14 @@ class Progress:
         path: of the file.
         run: all that the result depends on, as plain data; another run must not go on with it.
         restart: throw away what is there.
-        every: seconds between two writings.
 
     Raises:
         ValueError: the file is of another run, each difference of which is named, or is damaged.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any], *, restart: bool = False, every: float = EVERY) -> None:
-        self.path, self.run, self.every = path, json.loads(json.dumps(run)), every
-        self.done, self._told = 0, time.monotonic()
+    def __init__(self, path: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.path, self.run = path, json.loads(json.dumps(run))
+        self.done, self._written, self._told = 0, 0, time.monotonic()
         self._leaves: list[np.ndarray] = []
         if restart:
             self.discard()
@@ -42,6 +41,7 @@ class Progress:
         try:
             with np.load(self.path, allow_pickle=False) as kept:
                 there, self.done = json.loads(str(kept["run"])), int(kept["done"])
+                self._written = self.done
                 self._leaves = [kept[f"leaf_{number}"] for number in range(len(kept.files) - 2)]
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.path} is damaged ({error}): pass --restart to begin anew.") from error
@@ -63,13 +63,19 @@ class Progress:
     def keep(self, moving: Any, done: int) -> None:
         """Take one more step, and write now and then."""
         self.done = done
-        if time.monotonic() - self._told < self.every:
+        if time.monotonic() - self._told < EVERY:
             return
         content = io.BytesIO()
         leaves = {f"leaf_{number}": np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(moving))}
         np.savez(content, run=json.dumps(self.run), done=done, **leaves)  # type: ignore[arg-type]
         put_file(self.path, content.getvalue())
-        self._told = time.monotonic()
+        self._written, self._told = done, time.monotonic()
+
+    def kept(self) -> str:
+        """What an interrupted run leaves, for people."""
+        if not self._written:
+            return "no step is kept"
+        return f"{self._written} steps are kept; the same command goes on"
 
     def discard(self) -> None:
         """The work is done."""

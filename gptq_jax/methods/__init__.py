@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from gptq_jax.methods.base import LayerBatch, Method, Solution
 from gptq_jax.methods.coordinate_descent import coordinate_descent
+from gptq_jax.methods.fractional_zeros import fractional_zeros
 from gptq_jax.methods.gptaq import gptaq
 from gptq_jax.methods.gptq import GPTQOptions, gptq, gptq_solve
 from gptq_jax.methods.hqq import hqq
@@ -19,6 +20,7 @@ __all__ = [
     "Method",
     "Solution",
     "coordinate_descent",
+    "fractional_zeros",
     "gptaq",
     "gptq",
     "gptq_solve",

@@ -111,7 +111,7 @@ class Method(NamedTuple):
         independent_outputs: `solve` treats each output by itself, so that devices can share them.
         rewrite: of the model, before: `gptq()._replace(rewrite=hadamard())`.
         tuning: of each block, after: `gptq()._replace(tuning=block_tuning())`.
-        finish: of the whole model, in the end: `gptq()._replace(finish=distillation())`.
+        finish: of the whole model, in the end: `gptq()._replace(finish=end_to_end_tuning())`.
     """
 
     init: Callable[[int, int], Stats]

@@ -17,6 +17,8 @@ from gptq_jax.methods.gptq import gptq
 from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor
 
+ALPHA = 0.5  # far better than 1 where calibration is not much
+
 
 class QEPStats(NamedTuple):
     """The statistics of the method that solves, with the Hessian Xq^T Xq, and the drift Xq^T (X - Xq)."""
@@ -26,7 +28,7 @@ class QEPStats(NamedTuple):
 
 
 @lru_cache  # the same functions for the same options, so that jit knows them again
-def qep(method: Method | None = None, *, alpha: float = 0.5, damping: float = 0.01) -> Method:
+def qep(method: Method | None = None, *, alpha: float = ALPHA, damping: float = 0.01) -> Method:
     """Correct each weight for the errors of the layers before it, then solve it by another method.
 
     Assumes that a linear change of the weight can make up for the change of its inputs; the less calibration there

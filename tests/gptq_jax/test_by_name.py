@@ -3,7 +3,7 @@
 import pytest
 
 from gptq_jax.by_name import make_method
-from gptq_jax.methods import coordinate_descent, gptaq, gptq, qep, rtn
+from gptq_jax.methods import coordinate_descent, fractional_zeros, gptaq, gptq, qep, rtn
 from gptq_jax.tuning import block_tuning, learned_rounding
 
 
@@ -21,6 +21,11 @@ def test_names_compose_from_the_outside_in():
     found = make_method("awq+rtn", {})
     assert found.rewrite.name == "awq"
     assert found._replace(rewrite=None) == rtn()
+    assert make_method("fractions+qep", {}) is fractional_zeros(qep(gptq()))
+    distilled = make_method("distill+tune+qep", {})
+    assert (distilled.finish.name, distilled.tuning, distilled.name) == ("distill", block_tuning(), "qep")
+    assert dict(make_method("eora", {}).finish.settings) == {"rank": 16, "eora_alpha": 0.0}
+    assert dict(make_method("eora+qep", {}, alpha=0.75).finish.settings) == {"rank": 16, "eora_alpha": 0.75}
     assert make_method("hadamard+qep+own_methods:clip_search", {}).rewrite.name == "hadamard"
 
 
@@ -43,9 +48,10 @@ def test_rotations_have_names(name, settings):
     ("name", "alpha", "message"),
     [
         ("best", None, "'best' is none of gptq"),
-        ("best+gptq", None, "'best' is none of qep, descent, hadamard"),
+        ("best+gptq", None, "'best' is none of qep, descent, fractions, hadamard"),
         ("awq+hadamard+rtn", None, "rewrites the model twice"),
         ("tune+autoround+gptq", None, "tunes each block twice: leave out 'tune'"),
+        ("distill+eora+gptq", None, "has two ends: leave out 'distill'"),
         ("gptq", 0.5, "--alpha 0.5 goes with qep or gptaq"),
         ("qep+gptaq", None, "makes up for earlier layers itself"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from own_methods import clip_search
 from tiny_quantization import float_model
 
-from gptq_jax import QuantSpec, compare_methods, gptq, perplexity, quantize, rtn
+from gptq_jax import QuantSpec, compare_methods, end_to_end_tuning, gptq, low_rank_correction, perplexity, quantize, rtn
 from gptq_jax.calibration import batches, sample_windows
 from gptq_jax.comparison import grid
 from gptq_jax.comparison.measuring import measured
@@ -61,6 +61,29 @@ def test_every_cell_is_there_and_in_order(whole):
     assert found == [("rtn", 0), ("rtn", 5), ("mine", 0), ("mine", 5)]
     assert whole.failures == ()
     assert all(result.figures.seconds > 0 and result.figures.evaluation_seconds > 0 for result in whole.cells)
+
+
+def test_the_end_of_a_method_is_measured_too():
+    """Factors cost bits, other scales do not; on a text of one token both have something to gain."""
+    methods = {
+        "rtn": rtn(),
+        "eora": rtn()._replace(finish=low_rank_correction(4)),
+        "distill": rtn()._replace(finish=end_to_end_tuning(epochs=4, rate=1e-2)),
+    }
+    text = np.full(130, 7)
+    found = compare_methods(MODEL, methods, [QuantSpec(bits=2, group_size=24)], text, text, **DRAWS)
+    rows = {row.method: {name: spread.mean for name, spread in row.values.items()} for row in found.rows()}
+    assert rows["eora"]["kl"] < 0.5 * rows["rtn"]["kl"]
+    assert rows["distill"]["kl"] < 0.5 * rows["rtn"]["kl"]
+    assert rows["distill"]["bits_per_weight"] == rows["rtn"]["bits_per_weight"]
+    factors = 16 * 4 * sum(d_in + d_out for d_in, d_out in _layers())
+    expected = rows["rtn"]["bits_per_weight"] + factors / sum(d_in * d_out for d_in, d_out in _layers())
+    assert rows["eora"]["bits_per_weight"] == pytest.approx(expected, abs=1e-3)
+    assert rows["eora"]["bytes"] > rows["rtn"]["bytes"]
+
+
+def _layers():
+    return [(48, 48), (48, 24), (48, 24), (48, 48), (48, 80), (48, 80), (80, 48)]
 
 
 def test_a_grid_is_gone_on_with(tmp_path, monkeypatch):
