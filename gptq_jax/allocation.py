@@ -66,8 +66,9 @@ def allocate_bits(
 ) -> SpecRules:
     """Choose the bits of each layer, for `quantize(model, batches, allocate_bits(model, batches, 3.5))`.
 
-    Layers are measured on the inputs that the float model gives them. Memory is that of `quantize_blocks`; time is that
-    of quantizing the model, but for the solver, which runs once for each candidate.
+    Assumes that relative errors of layers add up, each counting alike wherever it is. Layers are measured on the inputs
+    that the float model gives them. Memory is that of `quantize_blocks`; time is that of quantizing the model, but for
+    the solver, which runs once for each candidate.
 
     Args:
         source: a float model, or a checkpoint (`open_checkpoint`).
