@@ -21,6 +21,7 @@ from gptq_jax.block import solve_group
 from gptq_jax.clock import Clock
 from gptq_jax.hooks.nnx import kernel_of
 from gptq_jax.methods.base import Method
+from gptq_jax.methods.contract import check_contract
 from gptq_jax.models.quantizable import BlockSource
 from gptq_jax.observe import observe
 from gptq_jax.pipeline import Job, job_for
@@ -65,8 +66,9 @@ def allocate_bits(
 ) -> SpecRules:
     """Choose the bits of each layer, for `quantize(model, batches, allocate_bits(model, batches, 3.5))`.
 
-    Layers are measured on the inputs that the float model gives them. Memory is that of `quantize_blocks`; time is that
-    of quantizing the model, but for the solver, which runs once for each candidate.
+    Assumes that relative errors of layers add up, each counting alike wherever it is. Layers are measured on the inputs
+    that the float model gives them. Memory is that of `quantize_blocks`; time is that of quantizing the model, but for
+    the solver, which runs once for each candidate.
 
     Args:
         source: a float model, or a checkpoint (`open_checkpoint`).
@@ -95,6 +97,7 @@ def allocate_bits(
     job = job_for(source, batches, spec, solving, True, min_expert_tokens, devices)
     candidates = _candidates(job, sorted(set(bits)))
     _check_least(job, candidates, target_bpw)
+    check_contract(job.method, (grid for each in candidates.values() for grid in each.values()))
 
     measured: dict[str, dict[int, LayerReport]] = defaultdict(dict)
     total = sum(map(len, candidates.values()))

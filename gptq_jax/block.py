@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from gptq_jax.clock import Clock
 from gptq_jax.hessian import output_energy
 from gptq_jax.hooks.nnx import Params, kernel_of, with_kernel
-from gptq_jax.methods.base import Method, Solution, Tuning, with_hessian
+from gptq_jax.methods.base import Method, Tuning, with_hessian
+from gptq_jax.methods.contract import check_solution
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.models.quantizable import Block
 from gptq_jax.observe import Group, Observed, Way, look_again, observe
@@ -200,8 +201,10 @@ def solve_group(
         with task.clock("solve") as ready:
             solution = ready(_solution(task, weight, observed.stats, spec))
         seconds = time.perf_counter() - start
-        tensor, notes = solution if isinstance(solution, Solution) else (solution, {})
-        _check_solution(tensor, weight.shape, spec, f"method {task.method.name!r}, for {', '.join(paths)}")
+        tensor, notes = check_solution(
+            solution, weight.shape, spec, f"method {task.method.name!r}, for {', '.join(paths)}"
+        )
+        validate(tensor, f"method {task.method.name!r}, for {', '.join(paths)}")
         with task.clock("measure"):
             measured = by_outputs(
                 _losses, spec, mesh=task.parallel.mesh, cut=(weight, tensor), whole=(observed.hessian,)
@@ -237,7 +240,7 @@ def solve_group(
 
 
 def _solution(task: BlockTask, weight: Array, stats: Any, spec: QuantSpec) -> Any:
-    """What the method's `solve` returns, which `_check_solution` holds to its contract."""
+    """What the method's `solve` returns, which `check_solution` holds to its contract."""
     solve = with_hessian(task.method).solve
     mesh = task.parallel.mesh if task.method.independent_outputs else None
     if not isinstance(stats, ExpertStats):
@@ -271,18 +274,6 @@ def _experts_report(task: BlockTask, stats: Any, d_in: int, failed: np.ndarray) 
         unseen=experts[1],
         rounded=experts[2],
     )
-
-
-def _check_solution(tensor: Any, shape: tuple[int, ...], spec: QuantSpec, whose: str) -> None:
-    """Hold a method to its contract."""
-    if not isinstance(tensor, QuantizedTensor):
-        raise ValueError(f"{whose}: solve returned {type(tensor).__name__}, but must return a QuantizedTensor.")
-    if tensor.shape != shape or tensor.spec != spec:
-        raise ValueError(
-            f"{whose}: solve returned a tensor of shape {tensor.shape} and {tensor.spec}, "
-            f"but must keep {shape} and {spec}."
-        )
-    validate(tensor, whose)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,6 +10,7 @@ from gptq_jax.correction import low_rank_correction
 from gptq_jax.distillation import end_to_end_tuning
 from gptq_jax.methods import METHODS, Method, coordinate_descent, fractional_zeros, qep
 from gptq_jax.methods.base import Finish
+from gptq_jax.methods.contract import blaming
 from gptq_jax.methods.qep import ALPHA
 from gptq_jax.rewrites import REWRITES
 from gptq_jax.tuning import TUNINGS
@@ -44,8 +45,8 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
         alpha: of qep or gptaq; None for their own.
 
     Raises:
-        ValueError: there is no such method, the factory returns none, or nothing takes `alpha`.
-        ImportError: the module cannot be imported.
+        ValueError: there is no such method, its module cannot be imported, the factory fails or returns none, or
+            nothing takes `alpha`.
     """
     *outer, inner = whole(name).split("+")
     known = (*AROUND, *REWRITES, *TUNINGS, *FINISHES)
@@ -88,11 +89,13 @@ def _innermost(name: str, options: Mapping[str, Any]) -> Method:
         return METHODS[name](**options)
     if os.getcwd() not in sys.path:  # a console script's path begins with its own folder
         sys.path.insert(0, os.getcwd())
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (AttributeError, ValueError):
-        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.") from None
-    method = factory(**options) if callable(factory) else factory
+    with blaming(f"--method {name!r}: importing {module_name!r}"):
+        module = importlib.import_module(module_name) if module_name else None
+    factory = getattr(module, factory_name, None)
+    if factory is None:
+        raise ValueError(f"--method {name!r}: {module_name!r} has no function {factory_name!r}.")
+    with blaming(f"--method {name!r}: {factory_name}({', '.join(options)})"):
+        method = factory(**options) if callable(factory) else factory
     if not isinstance(method, Method):
         raise ValueError(f"--method {name!r} gave {type(method).__name__}, but must give a gptq_jax.Method.")
     return method

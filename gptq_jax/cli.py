@@ -182,6 +182,7 @@ def quantize(
     from gptq_jax.calibration import batches
     from gptq_jax.heap import give_back_free_pages, give_back_large_arrays
     from gptq_jax.methods import METHODS
+    from gptq_jax.methods.contract import check_contract
     from gptq_jax.models.base import Model
     from gptq_jax.parallel.hosts import is_first
     from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
@@ -217,10 +218,13 @@ def quantize(
             f"--method {method!r}: {chosen.finish.name} is done to a whole model: quantize without it, and then "
             f"run `gptq-jax {'correct' if chosen.finish.name == 'eora' else 'distill'} MODEL {out}`."
         )
+    check_contract(chosen, ())
     check_target(out, overwrite=overwrite)
     text = read_calibration(calibration)
     source = open_float(model, dtype, arch_config, whole=chosen.rewrite is not None)
     specs = layer_specs(source, rules)
+    if target_bpw is None:
+        check_contract(chosen, filter(None, specs.values()))
     length = window(length, source.config.context_length)
     how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
     kept = windows_file(out, source, **how) if text is None else None

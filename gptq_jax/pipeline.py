@@ -15,7 +15,7 @@ from gptq_jax.clock import Clock
 from gptq_jax.hooks.nnx import Params
 from gptq_jax.matmul import is_packed
 from gptq_jax.methods.base import Method
-from gptq_jax.methods.contract import check_statistics, check_tuning
+from gptq_jax.methods.contract import check_contract, check_method
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.models.identity import digest_arrays
 from gptq_jax.models.quantizable import Block, BlockModel, BlockSource, Calibration
@@ -115,9 +115,12 @@ def quantize(
             finite or quantized already, rules that match nothing; during it, by name: a layer whose inputs are
             not finite, are all zero, or are not as many as the calibration tokens.
     """
-    if method is not None and method.rewrite is not None:
+    method = gptq() if method is None else method
+    check_method(method)
+    if method.rewrite is not None:
         model, method = rewritten(model, batches, spec, method)
     job = job_for(model, batches, spec, method, true_sequential, min_expert_tokens, devices)
+    check_contract(job.method, job.grids)
     check_weights(model)
     quantized, report = _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
     if job.method.finish is not None:
@@ -159,7 +162,9 @@ def quantize_blocks(
     Raises:
         ValueError: as for `quantize`; or what is in the sink is of another run.
     """
-    if method is not None and method.rewrite is not None:
+    method = gptq() if method is None else method
+    check_method(method)
+    if method.rewrite is not None:
         raise ValueError(
             f"method {method.name!r} has the rewrite {method.rewrite.name!r}, which needs the whole model in memory: "
             "load it, and quantize what `rewritten` returns."
@@ -170,6 +175,7 @@ def quantize_blocks(
             "leave it out, and call it on what was stored (gptq-jax distill, gptq-jax correct)."
         )
     job = job_for(source, batches, spec, method, true_sequential, min_expert_tokens, devices)
+    check_contract(job.method, job.grids)
     there = sink.open(job.description(source.identity()))
     return _run(job, sink, there, budget=STREAMED_BYTES, activations=activations, on_layer=on_layer)
 
@@ -185,6 +191,7 @@ def rewritten(
     """
     assert method.rewrite is not None
     job = job_for(model, batches, spec, method, True, None, 1)  # what is wrong with them is said before the work
+    check_contract(job.method, job.grids)
     check_weights(model)
     model = method.rewrite.apply(model, job.batches, job.rules)
     settings = (*method.settings, ("rewrite", method.rewrite.name), *method.rewrite.settings)
@@ -213,6 +220,11 @@ class Job:
             "true_sequential": self.true_sequential,
             **({} if self.min_expert_tokens is None else {"min_expert_tokens": self.min_expert_tokens}),
         }
+
+    @property
+    def grids(self) -> set[QuantSpec]:
+        """All that are asked for."""
+        return {spec for spec in self.specs.values() if spec is not None}
 
     @property
     def layers(self) -> int:
@@ -269,9 +281,7 @@ def job_for(
     if not batches:
         raise ValueError("batches is empty: pass at least one array of calibration tokens [batch, time].")
     method = gptq() if method is None else method
-    check_statistics(method)
-    if method.tuning is not None:
-        check_tuning(method.tuning)
+    check_contract(method, ())
     if method.tuning is not None and jax.process_count() > 1:
         raise ValueError(
             f"method {method.name!r} has the tuning {method.tuning.name!r}, which one process does: run it in one, or "

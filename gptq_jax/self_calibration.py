@@ -35,8 +35,9 @@ def self_windows(
 ) -> Int32[np.ndarray, "samples length"]:
     """Windows that a model writes, for `quantize(model, batches(windows, 8), ...)`.
 
-    A window begins with the token that the tokenizer puts before texts, if it does. Where a text ends inside of a
-    window, what the model has follow it comes next.
+    Assumes that what a model writes makes the inputs of its layers much as real text does. A window begins with the
+    token that the tokenizer puts before texts, if it does. Where a text ends inside of a window, what the model has
+    follow it comes next.
 
     Args:
         model: the float one; any supplied architecture.

@@ -113,10 +113,10 @@ def take_outputs(tensor: QuantizedTensor, start: ArrayLike, size: int) -> Quanti
     return replace(cut, group_of_row=tensor.group_of_row)
 
 
-def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
-    """Raise ValueError naming `name` and the first array that breaks an invariant of `QuantizedTensor`.
+def check_layout(tensor: QuantizedTensor, name: str = "tensor") -> None:
+    """Raise ValueError naming `name` and the first array whose shape or dtype breaks an invariant of `QuantizedTensor`.
 
-    Not called when the dataclass is made: JAX rebuilds pytrees with placeholders in place of arrays.
+    Arrays may be abstract, as `jax.eval_shape` gives them.
     """
     spec, d_in, d_out = tensor.spec, tensor.d_in, tensor.d_out
     expected: dict[str, tuple[int, ...]] = {
@@ -137,9 +137,29 @@ def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
         raise ValueError(f"{name}: zeros are stored, but the grid is symmetric.")
     if tensor.codes.dtype != jnp.uint32:
         raise ValueError(f"{name}: codes are {tensor.codes.dtype}, not uint32.")
+    if not _is_floating(tensor.scales):
+        raise ValueError(f"{name}: scales are {tensor.scales.dtype}, not floating.")
+    if tensor.zeros is not None and not (_is_floating(tensor.zeros) or tensor.zeros.dtype == jnp.uint8):
+        raise ValueError(f"{name}: zeros are {tensor.zeros.dtype}, neither uint8 nor floating.")
+    if tensor.group_of_row is not None and tensor.group_of_row.dtype != jnp.int32:
+        raise ValueError(f"{name}: group_of_row is {tensor.group_of_row.dtype}, not int32.")
+
+
+def _is_floating(array: Shaped[Array, "..."] | jax.ShapeDtypeStruct) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def validate(tensor: QuantizedTensor, name: str = "tensor") -> None:
+    """Raise ValueError naming `name` and the first array that breaks an invariant of `QuantizedTensor`.
+
+    Not called when the dataclass is made: JAX rebuilds pytrees with placeholders in place of arrays.
+    """
+    check_layout(tensor, name)
     if not bool(all_finite(tensor.scales)):
         raise ValueError(f"{name}: scales hold NaN or infinity.")
+    if tensor.zeros is not None and _is_floating(tensor.zeros) and not bool(all_finite(tensor.zeros)):
+        raise ValueError(f"{name}: zeros hold NaN or infinity.")
     if tensor.group_of_row is not None:
-        low, high = int(tensor.group_of_row.min()), int(tensor.group_of_row.max())
-        if low < 0 or high >= spec.groups(d_in):
-            raise ValueError(f"{name}: group_of_row spans {low}..{high}, but there are {spec.groups(d_in)} groups.")
+        low, high, groups = int(tensor.group_of_row.min()), int(tensor.group_of_row.max()), tensor.scales.shape[-2]
+        if low < 0 or high >= groups:
+            raise ValueError(f"{name}: group_of_row spans {low}..{high}, but there are {groups} groups.")

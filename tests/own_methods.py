@@ -33,6 +33,21 @@ def no_method() -> int:
     return 3
 
 
+def needs_more(shrink) -> Method:
+    """A factory that a name alone cannot call."""
+    return clip_search(shrink)
+
+
+def averages() -> Method:
+    """A method whose statistics several devices could not add up."""
+    return clip_search()._replace(name="averages", update=lambda energy, batch: jnp.mean(batch.x**2, axis=0))
+
+
+def forgets_to_pack() -> Method:
+    """A method that returns a float weight."""
+    return clip_search()._replace(name="forgets to pack", solve=lambda weight, energy, spec: weight)
+
+
 def fails_on_columns() -> Method:
     """Round to nearest, but for one kind of grid."""
 

@@ -54,15 +54,24 @@ def perplexity_by_bits(table: ComparisonTable) -> Any:
 
 
 def perplexity_by_time(table: ComparisonTable) -> Any:
-    """Perplexity against seconds of quantizing, less compilation; each point says its grid."""
+    """Perplexity against seconds of quantizing, less compilation; colours are methods, shapes are grids."""
     figure, axes = _figure(8.5, 5.0)
+    shapes = dict(
+        zip(dict.fromkeys(row.grid for row in table.rows() if row.seeds), itertools.cycle(_MARKERS), strict=False)
+    )
     for index, method in enumerate(table.methods):
+        again = index >= len(_COLOURS)  # a colour that another method has: hollow, and dotted in the legend
+        how = {"color": _style(index)["color"], "fillstyle": "none" if again else "full"}
         rows = [row for row in table.rows() if row.method == method and row.seeds]
-        x = [_mean(row, "seconds") - _mean(row, "compile_seconds") for row in rows]
-        y = [_mean(row, "perplexity") for row in rows]
-        axes.plot(x, y, label=method, **{**_style(index), "linestyle": ""})
-        for row, *place in zip(rows, x, y, strict=True):
-            axes.annotate(row.grid, place, textcoords="offset points", xytext=(6, 4), fontsize=7, color="0.35")
+        for row in rows:
+            seconds = _mean(row, "seconds") - _mean(row, "compile_seconds")
+            axes.plot([seconds], [_mean(row, "perplexity")], linestyle="", marker=shapes[row.grid], **how)
+        if rows:
+            axes.plot(
+                [], [], label=method, linewidth=3, color=how["color"], linestyle="-" if index < len(_COLOURS) else ":"
+            )
+    for grid, shape in shapes.items():
+        axes.plot([], [], label=grid, marker=shape, color="0.4", linestyle="")
     _float_line(axes, table)
     _decades(axes)
     axes.margins(x=0.15)

@@ -73,6 +73,7 @@ def eora(
 ) -> Adapters:
     """Adapters that bring a quantized model's outputs nearer to the float model's, without training.
 
+    Assumes that what quantizing lost of a layer lies in few directions, as far as the calibration's inputs see it.
     One pass through the model, block by block and, inside a block, layer by layer: each layer sees the inputs that its
     corrected predecessors give it. Time is that of quantizing, less the solver; in memory are the packed model, one
     float block, and the calibration on its way.

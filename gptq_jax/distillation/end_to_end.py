@@ -25,7 +25,7 @@ from gptq_jax.models.base import Model, check_no_lora, check_tokens, head_params
 from gptq_jax.parallel import is_cut
 from gptq_jax.report import Report
 from gptq_jax.tensor import QuantizedTensor
-from gptq_jax.tuning import block_tuning
+from gptq_jax.tuning.block_tuning import block_tuning
 
 EPOCHS, RATE = 1, 1e-3  # a tenth of the rate that a single block takes
 HELD_BACK = 16  # one of so many windows is not learned from

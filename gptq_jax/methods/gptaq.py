@@ -40,7 +40,8 @@ def gptaq(
 ) -> Method:
     """GPTQ that also makes up for the errors of earlier layers, as it goes.
 
-    Assumes what `qep` assumes.
+    Assumes what `gptq` assumes, and that the inputs to come can make up for what the layers before have done to one;
+    the less calibration there is, the less that holds on other text, hence alpha.
 
     Args:
         alpha: of P, in [0, 1].

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al. 2022, arXiv 2210.17323), computed as Babai's nearest plane.
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323, equations 2 and 3, algorithm 1), computed as Babai's nearest plane.
 
 With the Hessian H = R R^T (R upper triangular) and D = W - Q the error so far, the weight that GPTQ rounds next
 is w_j = W_j + sum_{i<j} R_ij D_i / R_jj: the paper's update of the remaining weights, looked at from the left,
@@ -67,7 +67,11 @@ class GPTQOptions:
 
 @lru_cache  # the same functions for the same options, so that jit knows them again
 def gptq(*, order: str = "activation", static_groups: bool = True, grid: str = "ldl", damping: float = 0.01) -> Method:
-    """GPTQ as a method of the pipeline; arguments as in `GPTQOptions`. Its statistics are the Hessian."""
+    """GPTQ as a method of the pipeline; arguments as in `GPTQOptions`. Its statistics are the Hessian.
+
+    Assumes that a layer does best where its own outputs change least, each layer by itself, and that the calibration's
+    inputs are like those to come.
+    """
     options = GPTQOptions(order=order, static_groups=static_groups, grid=grid, damping=damping)
 
     def init(d_in: int, d_out: int) -> Float[Array, "d_in d_in"]:

@@ -31,8 +31,8 @@ class QEPStats(NamedTuple):
 def qep(method: Method | None = None, *, alpha: float = ALPHA, damping: float = 0.01) -> Method:
     """Correct each weight for the errors of the layers before it, then solve it by another method.
 
-    Assumes that a linear change of the weight can make up for the change of its inputs; the less calibration there
-    is, the less that holds on other text, hence alpha.
+    Assumes what the method inside does, and that a linear change of the weight can make up for the change of its
+    inputs; the less calibration there is, the less that holds on other text, hence alpha.
 
     Args:
         method: solves the corrected weight: `gptq()` if None. Any that needs no float inputs itself.

@@ -16,6 +16,9 @@ from gptq_jax.tensor import QuantizedTensor
 def rtn(grid: str = "minmax") -> Method:
     """Round every weight to the nearest point of its group's grid.
 
+    Assumes nothing of the inputs: an error counts the same in every weight. The search of "mse" is that of the GPTQ
+    authors' code (Frantar et al. 2022, arXiv 2210.17323).
+
     Args:
         grid: "minmax" or "mse" ("ldl" needs a Hessian, which rounding to nearest does not look at).
     """

@@ -52,9 +52,11 @@ Choose = Callable[[tuple[Array, ...], tuple[QuantSpec | None, ...], InputStats],
 def awq(steps: int = 20) -> Rewrite:
     """Scales mean|x|^a, a of the least output error of rounded weights (Lin et al. 2023, arXiv 2306.00978, eq. 4-5).
 
-    The inputs are those of the float model, and the error is that of the layers with one input, not of the attention
-    around them as in the authors' code. Rounding to nearest, `rtn()._replace(rewrite=awq())`, is AWQ; other methods go
-    as well. Inputs of experts are left alone, as are those that nothing can be folded into.
+    Assumes that inputs which are large on average need the more exact weights, and that what is best for rounding to
+    nearest is good for the method that follows. The inputs are those of the float model, and the error is that of the
+    layers with one input, not of the attention around them as in the authors' code. Rounding to nearest,
+    `rtn()._replace(rewrite=awq())`, is AWQ; other methods go as well. Inputs of experts are left alone, as are those
+    that nothing can be folded into.
 
     Args:
         steps: a is 0, 1 / steps, ..., 1 - 1 / steps; 0 changes nothing.
@@ -66,6 +68,9 @@ def awq(steps: int = 20) -> Rewrite:
 
 def smooth(alpha: float = 0.5) -> Rewrite:
     """Scales max|x|^alpha / max|w|^(1 - alpha) (SmoothQuant, Xiao et al. 2022, arXiv 2211.10438, eq. 4).
+
+    Assumes that the largest input of each channel tells how exact its weights must be. The paper's aim is inputs that
+    can be quantized too, which they are not here.
 
     Args:
         alpha: how much of the inputs' range goes into the weights, in [0, 1].

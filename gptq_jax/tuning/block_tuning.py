@@ -25,7 +25,8 @@ def block_tuning(*, epochs: int = 2, rate: float = 1e-2) -> Tuning:
     """Move scales, and zero points that are stored as fractions, by Adam with a cosine decay.
 
     Codes stay, and zero points that are whole numbers: a step of one moves all weights of its group by a whole code.
-    The size and the form of what is stored stay too.
+    The size and the form of what is stored stay too. Assumes that the block's outputs on the calibration tell how good
+    its scales are; few windows are fitted more closely than other text.
 
     Args:
         epochs: passes over the calibration; each window is one step.

@@ -30,6 +30,8 @@ def learned_rounding(*, epochs: int = 4, clip: bool = True) -> Tuning:
 
     After rounding to nearest that is SignRound. Where a compensated code is not the nearest, the weight counts as the
     point next to it that rounds to this code; so any method can begin, and no code moves by more than one by V alone.
+    Assumes that the signs of slopes through rounding show where codes should go, and that the block's outputs on the
+    calibration tell how good they are.
 
     Args:
         epochs: passes over the calibration; each window is one step. The paper takes 200 steps of 8 windows.

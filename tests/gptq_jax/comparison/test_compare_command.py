@@ -1,6 +1,7 @@
 """`gptq-jax compare` on a tiny model."""
 
 import json
+from pathlib import Path
 
 import decoder_cases
 import pytest
@@ -35,8 +36,9 @@ def arguments(files, out, *more):
     return ("compare", model, "--out", out, *draws, "--group-size", "24,-1", "--bits", 4, "--no-plots", *more)
 
 
-def test_a_method_from_outside_and_a_run_that_fails(files, tmp_path):
-    methods = ("--methods", "own_methods:fails_on_columns")
+def test_a_method_from_outside_and_a_run_that_fails(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[3])  # where its module is found from
+    methods = ("--methods", "tests.own_methods:fails_on_columns")
     result = run(*arguments(files, tmp_path / "out", *methods, "--json"))
     assert result.exit_code == 1, result.stderr
     data = json.loads(result.stdout)
@@ -44,7 +46,7 @@ def test_a_method_from_outside_and_a_run_that_fails(files, tmp_path):
     rows = {(row["method"], row["spec"]["group_size"]): row for row in data["rows"]}
     assert len(rows) == 2
     failed = {key for key, row in rows.items() if not row["values"]}
-    assert failed == {("own_methods:fails_on_columns", -1)}
+    assert failed == {("tests.own_methods:fails_on_columns", -1)}
     assert "NotImplementedError: whole columns" in str(rows[failed.pop()]["failed"])
     assert "1 of 2 runs failed" in result.stderr
     assert data["names"] == {"model": "tiny", "calibration": "text.txt", "held_out": "text.txt"}

@@ -172,8 +172,12 @@ def test_plots_show_every_row(table, tmp_path):
     assert len(drawn["mine <b>|&"]) == 3  # the row that failed has no point
 
     (axes,) = plots.perplexity_by_time(table).axes
-    line = next(line for line in axes.lines if line.get_label() == "rtn")
-    assert list(line.get_xdata()) == [9.0] * 4  # compilation taken off
+    colour = next(line.get_color() for line in axes.lines if line.get_label() == "rtn")
+    points = [line for line in axes.lines if line.get_color() == colour and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in points] == [9.0] * 4  # compilation taken off
+    shapes = {line.get_label(): line.get_marker() for line in axes.lines}
+    assert [line.get_marker() for line in points] == [shapes[row.grid] for row in table.rows() if row.method == "rtn"]
+    assert len({line.get_marker() for line in points}) == 4
 
     figure = plots.layer_errors(table, SPECS[0])
     panels = {panel.get_title(): panel for panel in figure.axes}

@@ -1,21 +1,19 @@
-"""The contract of every method, over one table of them. A new method is a row."""
+"""The contract of every method on a single layer, over one table of them. A new method is a row.
 
-from dataclasses import replace
+What it keeps on a whole model, and in a store, is in test_whole_models.py.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from own_methods import clip_search
-from tiny_quantization import BATCHES, compilations, float_model
 
 from gptq_jax import grids
 from gptq_jax.methods import METHODS, Method, Solution, coordinate_descent, gptaq, gptq, hqq, qep, rtn
 from gptq_jax.methods.base import LayerBatch
 from gptq_jax.methods.rtn import round_to_nearest
-from gptq_jax.pipeline import quantize
 from gptq_jax.spec import QuantSpec
-from gptq_jax.storage import load, save
 from gptq_jax.tensor import QuantizedTensor, validate
 
 TABLE = {
@@ -74,49 +72,6 @@ def test_tensors_keep_their_promises(name, bits, symmetric):
     # inputs seem to be independent are so only nearly.
     slack = {"rtn mse": 1.1, "clip search": 1.02}.get(name, 1.001)
     assert error(tensor) <= slack * error(round_to_nearest(jnp.asarray(WEIGHT), spec))
-
-
-@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq desc_act", "qep", "clip search"])
-def test_same_codes_and_nothing_compiled_the_second_time(name):
-    first, _ = quantize(float_model(layers=1), BATCHES, QuantSpec(group_size=24), TABLE[name])
-    assert first.params["layers"][0]["mlp"]["up_proj"]["kernel"].spec.bits == 4
-    with compilations() as compiled:
-        second, _ = quantize(float_model(layers=1), BATCHES, QuantSpec(group_size=24), TABLE[name])
-    assert compiled == []
-    for one, other in zip(jax.tree.leaves(first.params), jax.tree.leaves(second.params), strict=True):
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("name", ["rtn", "gptq desc_act", "hqq"])
-def test_round_trip_through_a_store(tmp_path, name, bits, symmetric):
-    spec = QuantSpec(bits=bits, group_size=24, symmetric=symmetric, scale_dtype="float16")
-    model = float_model(layers=1)
-    kernel = model.params["layers"][0]["self_attn"]["q_proj"]["kernel"]
-    stats = TABLE[name].init(*kernel.shape)
-    stats = TABLE[name].update(stats, LayerBatch(jnp.asarray(X[:, : kernel.shape[0]])))
-    solution = TABLE[name].solve(kernel, stats, spec)
-    tensor = solution.tensor if isinstance(solution, Solution) else solution
-    assert (tensor.group_of_row is not None) == (name == "gptq desc_act")
-    block = model.params["layers"][0]
-    attention = {**block["self_attn"], "q_proj": {"kernel": tensor}}
-    model = replace(model, params={**model.params, "layers": [{**block, "self_attn": attention}]})
-    save(model, tmp_path / "out")
-    found = load(tmp_path / "out").params["layers"][0]["self_attn"]["q_proj"]["kernel"]
-    assert isinstance(found, QuantizedTensor)
-    assert found.spec == spec
-    for one, other in zip(jax.tree.leaves(tensor), jax.tree.leaves(found), strict=True):
-        assert one.dtype == other.dtype
-        np.testing.assert_array_equal(one, other)
-
-
-def test_a_method_of_ones_own_beats_rounding():
-    spec = QuantSpec(bits=3, group_size=24)
-    _, report = quantize(float_model(layers=1), BATCHES, spec, clip_search())
-    assert {layer.method for layer in report.layers} == {"custom"}
-    assert all(layer.loss < layer.rtn_loss for layer in report.layers)
-    assert all(layer.damping is None for layer in report.layers)
 
 
 def test_the_table_by_name_makes_methods():
