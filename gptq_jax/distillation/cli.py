@@ -27,7 +27,7 @@ def distill(
     ],
     out: Annotated[Path, typer.Option(help="The directory to write.")],
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the calibration.")] = 1,
-    rate: Annotated[float, typer.Option(help="Of learning the logarithm of scales, at the first step.")] = 1e-3,
+    rate: Annotated[float, typer.Option(help="Of learning the logarithm of scales, at the first step.")] = 2e-3,
     calibration: CalibrationOption = "wikitext2",
     samples: SamplesOption = 256,
     length: LengthOption = None,
