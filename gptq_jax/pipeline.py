@@ -124,7 +124,10 @@ def quantize(
     check_weights(model)
     quantized, report = _run(job, MemorySink(job.calibration.assemble), 0, budget=KEPT_BYTES, on_layer=on_layer)
     if job.method.finish is not None:
-        quantized, report = job.method.finish.apply(model, quantized, report, job.batches)
+        found = job.method.finish.apply(model, quantized, report, job.batches)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Report)):
+            raise ValueError(f"finish {job.method.finish.name!r}: apply must return the model and its Report.")
+        return found
     return quantized, report
 
 

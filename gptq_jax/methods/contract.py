@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gptq_jax.methods.base import LayerBatch, Method, Solution, Tuning
+from gptq_jax.methods.base import Finish, LayerBatch, Method, Rewrite, Solution, Tuning
 from gptq_jax.methods.rtn import round_to_nearest
 from gptq_jax.spec import QuantSpec
 from gptq_jax.tensor import QuantizedTensor, check_layout
@@ -54,10 +54,15 @@ def check_contract(method: Any, grids: Iterable[QuantSpec]) -> None:
 
 
 def check_method(method: Any) -> None:
-    """Raise TypeError if it is something else than a Method, or has settings that cannot be hashed."""
+    """Raise TypeError if it or what goes with it is something else than it must be, or cannot be hashed."""
     if not isinstance(method, Method):
         remedy = "call it, as in gptq()" if callable(method) else "pass e.g. gptq()"
         raise TypeError(f"method is {getattr(method, '__name__', repr(method))!s}, not a gptq_jax.Method: {remedy}.")
+    for name, kind in (("rewrite", Rewrite), ("tuning", Tuning), ("finish", Finish)):
+        if not isinstance(part := getattr(method, name), kind | None):
+            raise TypeError(
+                f"method {method.name!r} has a {name} that is {_kind(part)}, not a gptq_jax.{kind.__name__}."
+            )
     try:
         hash(method)
     except TypeError as error:

@@ -7,7 +7,7 @@ import pytest
 from own_methods import clip_search
 from tiny_quantization import BATCHES, float_model
 
-from gptq_jax import QuantSpec, pipeline
+from gptq_jax import Finish, QuantSpec, block_tuning, end_to_end_tuning, hadamard, pipeline
 from gptq_jax.allocation import allocate_bits
 from gptq_jax.methods import Solution, coordinate_descent, gptaq, gptq, hqq, qep, rtn
 from gptq_jax.methods.contract import check_contract
@@ -111,3 +111,19 @@ def test_what_is_no_method_is_told_how_to_become_one():
     ]:
         with pytest.raises(TypeError, match=message):
             check_contract(wrong, [])
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("rewrite", hadamard), ("tuning", block_tuning), ("finish", end_to_end_tuning), ("finish", block_tuning())],
+)
+def test_what_goes_with_a_method_is_of_its_kind(part, value):
+    kind = {"rewrite": "Rewrite", "tuning": "Tuning", "finish": "Finish"}[part]
+    with pytest.raises(TypeError, match=rf"method 'rtn' has a {part} that is .*, not a gptq_jax\.{kind}"):
+        quantize(float_model(layers=1), BATCHES, method=rtn()._replace(**{part: value}))
+
+
+def test_a_finish_that_forgets_the_report():
+    broken = Finish(lambda model, quantized, report, batches: quantized, "mine")
+    with pytest.raises(ValueError, match="finish 'mine': apply must return the model and its Report"):
+        quantize(float_model(layers=1), BATCHES, QuantSpec(group_size=24), rtn()._replace(finish=broken))
