@@ -1,12 +1,15 @@
 """Models and a tokenizer made in memory from tests/decoder_cases.py."""
 
 import dataclasses
+import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import decoder_cases
 import jax
 import jax.numpy as jnp
+from safetensors.numpy import save_file
 
 from gptq_jax.models.base import Model
 from gptq_jax.models.registry import architecture_from_config
@@ -38,6 +41,14 @@ def floated(model: Model) -> Model:
     is_packed = lambda leaf: isinstance(leaf, QuantizedTensor)  # noqa: E731
     params = jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, model.params, is_leaf=is_packed)
     return dataclasses.replace(model, params=params)
+
+
+def write_directory(folder: Path, hf_config: dict) -> None:
+    """The same with `byte_tokenizer`, as a checkpoint of Hugging Face's kind."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    save_file(decoder_cases.tensors(hf_config), folder / "model.safetensors")
+    byte_tokenizer().save_pretrained(folder)
 
 
 @lru_cache

@@ -14,9 +14,8 @@ import decoder_cases
 import jax
 import numpy as np
 import pytest
-from decoder_models import TEXT, byte_tokenizer
+from decoder_models import TEXT, write_directory
 from flax import serialization
-from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 import gptq_jax
@@ -52,10 +51,7 @@ def fails(*arguments):
 @pytest.fixture(scope="session")
 def hf_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny [hf]"  # brackets mean something to rich
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(decoder_cases.tensors(CONFIG), path / "model.safetensors")
-    byte_tokenizer().save_pretrained(path)
+    write_directory(path, CONFIG)
     return path
 
 

@@ -13,8 +13,7 @@ import decoder_cases
 import jax
 import numpy as np
 import pytest
-from decoder_models import TEXT, byte_tokenizer
-from safetensors.numpy import save_file
+from decoder_models import TEXT, write_directory
 
 from gptq_jax.parallel import hosts
 from gptq_jax.storage import load
@@ -53,10 +52,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     config = {**decoder_cases.CASES["tied_gqa"], "vocab_size": 300, "num_hidden_layers": 3}
     model = folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(config))
-    save_file(decoder_cases.tensors(config), model / "model.safetensors")
-    byte_tokenizer().save_pretrained(model)
+    write_directory(model, config)
     (folder / "text.txt").write_text(TEXT * 20)
     return folder
 

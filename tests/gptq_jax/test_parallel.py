@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import parallel_child
 import pytest
-from decoder_models import TEXT, build, byte_tokenizer
-from safetensors.numpy import save_file
+from decoder_models import TEXT, build, write_directory
 
 from gptq_jax.evaluate import perplexity
 from gptq_jax.parallel import PARALLEL, DataParallel, choose_devices, make_mesh
@@ -26,10 +25,7 @@ def on_four_devices(tmp_path_factory):
     """What parallel_child.py computed in a process with four CPU devices."""
     config = {**decoder_cases.CASES["tied_gqa"], "vocab_size": 300, "num_hidden_layers": 1}
     model = tmp_path_factory.mktemp("models") / "tiny"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(config))
-    save_file(decoder_cases.tensors(config), model / "model.safetensors")
-    byte_tokenizer().save_pretrained(model)
+    write_directory(model, config)
     text = model.parent / "text.txt"
     text.write_text(TEXT)
     command = [sys.executable, str(HERE / "parallel_child.py"), str(model), str(text)]

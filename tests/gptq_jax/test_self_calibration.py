@@ -8,8 +8,7 @@ from dataclasses import replace
 import decoder_cases
 import numpy as np
 import pytest
-from decoder_models import TEXT, build, byte_tokenizer
-from safetensors.numpy import save_file
+from decoder_models import TEXT, build, byte_tokenizer, write_directory
 from tiny_quantization import float_model
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
@@ -131,10 +130,7 @@ def run(*arguments):
 def folder(tmp_path_factory):
     """A model and a text."""
     path = tmp_path_factory.mktemp("self")
-    (path / "model").mkdir()
-    (path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    save_file(decoder_cases.tensors(CONFIG), path / "model" / "model.safetensors")
-    byte_tokenizer().save_pretrained(path / "model")
+    write_directory(path / "model", CONFIG)
     (path / "text.txt").write_text(TEXT)
     return path
 

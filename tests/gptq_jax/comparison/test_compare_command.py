@@ -5,8 +5,7 @@ from pathlib import Path
 
 import decoder_cases
 import pytest
-from decoder_models import TEXT, byte_tokenizer
-from safetensors.numpy import save_file
+from decoder_models import TEXT, write_directory
 from typer.testing import CliRunner
 
 from gptq_jax.cli import app
@@ -22,10 +21,7 @@ def run(*arguments):
 def files(tmp_path_factory):
     """A model, and a text."""
     path = tmp_path_factory.mktemp("compared") / "tiny"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(decoder_cases.tensors(CONFIG), path / "model.safetensors")
-    byte_tokenizer().save_pretrained(path)
+    write_directory(path, CONFIG)
     (path.parent / "text.txt").write_text(TEXT * 3)
     return path, path.parent / "text.txt"
 

@@ -4,8 +4,7 @@ import json
 
 import decoder_cases
 import pytest
-from decoder_models import TEXT, byte_tokenizer
-from safetensors.numpy import save_file
+from decoder_models import TEXT, write_directory
 from tiny_quantization import rounded
 from typer.testing import CliRunner
 
@@ -26,10 +25,7 @@ def run(*arguments):
 def folder(tmp_path_factory):
     """A model, a text, and the model at 2 bits, as directories."""
     path = tmp_path_factory.mktemp("distill")
-    (path / "model").mkdir()
-    (path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    save_file(decoder_cases.tensors(CONFIG), path / "model" / "model.safetensors")
-    byte_tokenizer().save_pretrained(path / "model")
+    write_directory(path / "model", CONFIG)
     (path / "text.txt").write_text(TEXT * 3)
     model = gptq_jax.load(path / "model")
     gptq_jax.save(rounded(model, gptq_jax.QuantSpec(bits=2, group_size=24)), path / "packed")
