@@ -10,6 +10,7 @@ and the same command goes on after the last one.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from measuring import RESULTS, setting, table, write
 from models import NAME, float_model, read_text, source_name, windows
@@ -123,6 +124,12 @@ def _seeds(row: Row, found: ComparisonTable) -> str:
     return ", ".join(f"{each.figures.perplexity:.2f}" for each in mine if each.figures)
 
 
+def _without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """Seconds are quantize.py's to tell: here, runs may share the machine with others."""
+    values = {name: value for name, value in row["values"].items() if "seconds" not in name and name != "peak_bytes"}
+    return {**row, "values": values}
+
+
 def _relative(row: Row, found: ComparisonTable, expected: float) -> float:
     """Perplexity over the float model's, ours over theirs: the held-out windows are others."""
     return row.values["perplexity"].mean / found.float_figures.perplexity / (expected / REFERENCE_FLOAT)
@@ -179,7 +186,7 @@ def main() -> None:
         progress=True,
     )
     report = render(found, like_reference and options.calibration is not None)
-    write(options.out, "Perplexity by method", about, found.to_json()["rows"], report)
+    write(options.out, "Perplexity by method", about, list(map(_without_times, found.to_json()["rows"])), report)
     print(f"{report}\n\nwrote {options.out}.json and .md")
 
 
