@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ MISSING = "plots need matplotlib: pip install 'gptq-jax[compare]', or go without
 # Okabe and Ito's colours, which the colour-blind can tell apart; a method keeps its own in all plots.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _MARKERS = "osD^vP*X"
+_BEYOND = 20  # times the float model's perplexity: no use, and no reason to press all others together
 _PANELS = 12  # at most: more kinds of layers than that go into one
 
 
@@ -48,6 +49,7 @@ def perplexity_by_bits(table: ComparisonTable) -> Any:
             )
     _float_line(axes, table)
     _decades(axes)
+    _end(axes, table, lambda row: _mean(row, "bits_per_weight"))
     axes.set(xlabel="bits per weight of the quantized layers", ylabel="perplexity, held-out text")
     figure.legend(loc="outside right upper", frameon=False, fontsize=9)
     return figure
@@ -64,8 +66,7 @@ def perplexity_by_time(table: ComparisonTable) -> Any:
         how = {"color": _style(index)["color"], "fillstyle": "none" if again else "full"}
         rows = [row for row in table.rows() if row.method == method and row.seeds]
         for row in rows:
-            seconds = _mean(row, "seconds") - _mean(row, "compile_seconds")
-            axes.plot([seconds], [_mean(row, "perplexity")], linestyle="", marker=shapes[row.grid], **how)
+            axes.plot([_seconds(row)], [_mean(row, "perplexity")], linestyle="", marker=shapes[row.grid], **how)
         if rows:
             axes.plot(
                 [], [], label=method, linewidth=3, color=how["color"], linestyle="-" if index < len(_COLOURS) else ":"
@@ -74,6 +75,7 @@ def perplexity_by_time(table: ComparisonTable) -> Any:
         axes.plot([], [], label=grid, marker=shape, color="0.4", linestyle="")
     _float_line(axes, table)
     _decades(axes)
+    _end(axes, table, _seconds)
     axes.margins(x=0.15)
     axes.set_xlim(left=0)
     axes.set(xlabel="seconds to quantize, compilation left out", ylabel="perplexity, held-out text")
@@ -179,6 +181,24 @@ def _decades(axes: Any) -> None:
 
 def _float_line(axes: Any, table: ComparisonTable) -> None:
     axes.axhline(table.float_figures.perplexity, color="0.4", linestyle=":", label="float")
+
+
+def _end(axes: Any, table: ComparisonTable, place: Callable[[Row], float]) -> None:
+    """Let the axis end where perplexity is of no use, and say above which place what is beyond."""
+    limit = _BEYOND * table.float_figures.perplexity
+    beyond = [row for row in table.rows() if row.seeds and _mean(row, "perplexity") > limit]
+    if not beyond:
+        return
+    axes.set_ylim(top=limit)
+    for row in beyond:
+        colour = _style(table.methods.index(row.method))["color"]
+        text = f"\u2191 {_mean(row, 'perplexity'):.3g}"
+        axes.text(place(row), limit, text, color=colour, fontsize=8, ha="center", va="bottom")
+
+
+def _seconds(row: Row) -> float:
+    """Of quantizing, without those of XLA."""
+    return _mean(row, "seconds") - _mean(row, "compile_seconds")
 
 
 def _mean(row: Row, name: str) -> float:

@@ -191,9 +191,10 @@ class ComparisonTable:
         counts = {len(row.seeds) for row in self.rows() if row.seeds}
         if counts - {1}:
             found.append("mean ± sample standard deviation over seeds of the calibration windows.")
+        for count in sorted(counts - {max(counts, default=0)}):
+            which = ", ".join(f"{row.method} ({row.grid})" for row in self.rows() if len(row.seeds) == count)
+            found.append(f"of {count} seed{'s' * (count > 1)} only: {which}.")
         for row in self.rows():
-            if row.seeds and len(row.seeds) < max(counts):
-                found.append(f"{row.method}, {row.grid}: of {len(row.seeds)} seeds only.")
             if row.fallbacks:
                 found.append(f"{row.method}, {row.grid}: rounded to nearest after all: {', '.join(row.fallbacks)}.")
         found += [f"{result.cell.label} failed: {result.failed}" for result in self.failures]

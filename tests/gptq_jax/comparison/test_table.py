@@ -86,7 +86,7 @@ def test_markdown(table):
     assert lines[5].startswith(r"| mine <b>\|& |")
     rows = lines[: lines.index("")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in rows} == {11}
-    assert "- rtn, W4 g64 sym: of 1 seeds only." in lines
+    assert "- of 1 seed only: rtn (W4 g64 sym)." in lines
     assert "- rtn, W4 g64 sym, seed 1 failed: MemoryError: <no> more" in lines
 
 
@@ -191,6 +191,22 @@ def test_plots_show_every_row(table, tmp_path):
     assert set(pictures) == {"perplexity_by_bits.png", "perplexity_by_time.png"} | by_grid
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert {base64.b64decode(image.partition("base64,")[2]) for image in page.images} == set(pictures.values())
+
+
+def test_what_is_of_no_use_does_not_press_the_others_together(table):
+    """Beyond twenty times the float model's perplexity, the figure stands above the axis."""
+    pytest.importorskip("matplotlib")
+    from gptq_jax.comparison import plots
+
+    first, *others = table.cells
+    lost = replace(first, figures=replace(first.figures, perplexity=456789.0))
+    for draw in (plots.perplexity_by_bits, plots.perplexity_by_time):
+        (axes,) = draw(replace(table, cells=(lost, *others))).axes
+        assert axes.get_ylim()[1] == pytest.approx(20 * table.float_figures.perplexity)
+        (text,) = axes.texts
+        assert text.get_text().startswith("\u2191 ")
+        (axes,) = draw(table).axes
+        assert not axes.texts
 
 
 def test_nothing_but_failures_is_still_a_report(tmp_path):
