@@ -27,7 +27,11 @@ def compare(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The directory of the comparison; one begun there is gone on with.")],
     methods: Annotated[
-        str, typer.Option(help="Names and module:factory, functions of yours, separated by commas.")
+        str,
+        typer.Option(
+            help="Separated by commas, each as for `quantize --method`; and distill+METHOD or eora+METHOD, which go on as "
+            "the commands distill and correct do."
+        ),
     ] = "rtn,gptq",
     bits: Annotated[str, typer.Option(help="2, 3, 4 or 8, separated by commas.")] = "4,3",
     group_size: Annotated[
