@@ -46,6 +46,9 @@ def distill(
     The same size, and what 2 and 3 bits lost is made up for in good part. Both models are in memory; a window takes
     about as long as eight forward passes. Interrupted or killed, the same command goes on, a minute back at most.
     """
+    import jax
+
+    from gptq_jax import __version__
     from gptq_jax.calibration import batches
     from gptq_jax.distillation.end_to_end import check_models, noted
     from gptq_jax.distillation.end_to_end import distill as run
@@ -73,6 +76,7 @@ def distill(
         "quantized": packed.identity(),
         "calibration": digest_arrays([windows]),
         "settings": {"epochs": epochs, "rate": rate},
+        "versions": {"gptq-jax": __version__, "jax": jax.__version__},
     }
     kept = beside(out.resolve(), "distilling")
     with locked(out.resolve()):
