@@ -29,8 +29,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Separated by commas, each as for `quantize --method`; also distill+METHOD and eora+METHOD, which go on "
-            "as the commands distill and correct do."
+            help="Separated by commas, each as for `quantize --method`; also distill+METHOD and eora+METHOD, which go "
+            "on as the commands distill and correct do."
         ),
     ] = "rtn,gptq",
     bits: Annotated[str, typer.Option(help="2, 3, 4 or 8, separated by commas.")] = "4,3",
