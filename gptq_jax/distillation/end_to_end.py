@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from gptq_jax.calibration import Batch
 from gptq_jax.distillation.divergence import divergence, divergence_slope
@@ -21,7 +22,7 @@ from gptq_jax.distillation.student import Moving, Student, Window
 from gptq_jax.matmul import holds_prepared
 from gptq_jax.methods.base import Finish, Tuning
 from gptq_jax.methods.contract import check_tuning
-from gptq_jax.models.base import Model, check_no_lora, check_tokens, head_params, hidden_states
+from gptq_jax.models.base import Model, check_no_lora, check_tokens, embed, head_params
 from gptq_jax.parallel import is_cut
 from gptq_jax.report import Report
 from gptq_jax.tensor import QuantizedTensor
@@ -89,7 +90,7 @@ def distill(
 
     def left(moving: Sequence[Moving]) -> float:
         sums = [
-            divergence(configs, heads, hidden_states(model, each.tokens), student.states(moving, each)[-1], each.mask)
+            divergence(configs, heads, last_state(model, each), student.states(moving, each)[-1], each.mask)
             for each in held_back
         ]
         total, count = np.sum(np.asarray(sums, np.float64), axis=0)
@@ -104,7 +105,7 @@ def distill(
     for number in order[done:]:
         window = learned[number]
         *states, last = student.states(moving, window)
-        loss, slope = divergence_slope(configs, heads, hidden_states(model, window.tokens), last, window.mask)
+        loss, slope = divergence_slope(configs, heads, last_state(model, window), last, window.mask)
         if not np.isfinite(loss):
             raise ValueError(f"the divergence is {loss} in step {done + 1} of {student.steps}: use a lower rate.")
         moving, done = student.step(moving, window, states, slope), done + 1
@@ -137,6 +138,14 @@ def end_to_end_tuning(*, epochs: int = EPOCHS, rate: float = RATE) -> Finish:
 def noted(report: Report, found: Distilled) -> Report:
     """The report of a quantization, with what distilling did after it."""
     return replace(report, settings={**report.settings, "distilled": asdict(found)})
+
+
+def last_state(model: Model, window: Window) -> Float[Array, "1 time d_model"]:
+    """The float model's stream after its last block, whose real tokens look at no padding."""
+    x = embed(model.config, model.params, window.tokens)
+    for block in model.blocks():
+        x = block.forward.run(block.params, x, window.mask, {})
+    return x
 
 
 def check_models(model: Any, quantized: Any) -> None:
