@@ -8,6 +8,9 @@ import llama_numpy
 import numpy as np
 import optax
 import pytest
+from expert_models import SPEC as EXPERT_SPEC
+from expert_models import batches as expert_batches
+from expert_models import float_model as expert_model
 from tiny_quantization import CONFIG, float_model, rounded
 
 from gptq_jax.calibration import Batch
@@ -123,6 +126,18 @@ def test_layers_that_stay_float_do():
 @pytest.fixture
 def written_at_once(monkeypatch):
     monkeypatch.setattr("gptq_jax.distillation.progress.EVERY", 0.0)
+
+
+def test_stacked_experts_move_too():
+    """The router stays float; the same window to learn from and to be judged by."""
+    model = expert_model("qwen3moe_mixed")
+    packed = rounded(model, EXPERT_SPEC)
+    row = np.asarray(expert_batches()[0])[:1, :12]
+    trained, found = distill(model, packed, [np.repeat(row, 5, axis=0)], tuning=block_tuning(epochs=2, rate=1e-2))
+    assert found.after < 0.9 * found.before
+    for before, after in zip(packed.params["layers"], trained.params["layers"], strict=True):
+        for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True):
+            assert path[-1] == jax.tree_util.GetAttrKey("scales") or np.array_equal(one, other)
 
 
 def test_a_run_goes_on_with_the_bits_of_one_in_peace(tmp_path, written_at_once):
