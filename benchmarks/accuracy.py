@@ -29,10 +29,6 @@ TURNED = hadamard(values=True)
 TUNED = block_tuning()
 METHODS: dict[str, tuple[str, Method]] = {
     "rtn": ("rounding to nearest", rtn()),
-    "hqq": ("HQQ, without calibration", hqq()),
-    "awq_rtn": ("AWQ + rounding", rtn()._replace(rewrite=awq())),
-    "hadamard_rtn": ("Hadamard + rounding", rtn()._replace(rewrite=hadamard())),
-    "autoround": ("learned rounding (SignRound)", rtn()._replace(tuning=learned_rounding())),
     "natural": ("GPTQ, natural order, minmax grid", gptq(order="natural", grid="minmax")),
     "activation": ("GPTQ, activation order, minmax grid", gptq(order="activation", grid="minmax")),
     "mse": ("GPTQ, activation order, mse grid", gptq(order="activation", grid="mse")),
@@ -40,6 +36,10 @@ METHODS: dict[str, tuple[str, Method]] = {
     "group": ("GPTQ, group-aware order", gptq(order="group")),
     "dynamic": ("GPTQ, activation order, dynamic groups (desc_act)", gptq(static_groups=False)),
     "descent": ("GPTQ, then 2 passes of coordinate descent", coordinate_descent(gptq())),
+    "hqq": ("HQQ, without calibration", hqq()),
+    "awq_rtn": ("AWQ + rounding", rtn()._replace(rewrite=awq())),
+    "hadamard_rtn": ("Hadamard + rounding", rtn()._replace(rewrite=hadamard())),
+    "autoround": ("learned rounding (SignRound)", rtn()._replace(tuning=learned_rounding())),
     "smooth": ("smoothing + GPTQ", gptq()._replace(rewrite=smooth())),
     "awq": ("AWQ + GPTQ", gptq()._replace(rewrite=awq())),
     "hadamard": ("Hadamard + GPTQ", gptq()._replace(rewrite=hadamard())),
@@ -56,11 +56,11 @@ METHODS: dict[str, tuple[str, Method]] = {
     "distill_qep": ("QEP, then distilled", qep()._replace(finish=end_to_end_tuning())),
     "tune_turned_qep": ("Hadamard, values too, + QEP, then tuned", qep()._replace(rewrite=TURNED, tuning=TUNED)),
     "distill_tune_turned_qep": (
-        "the same, then distilled",
+        "Hadamard, values too, + QEP, then tuned, then distilled",
         qep()._replace(rewrite=TURNED, tuning=TUNED, finish=end_to_end_tuning()),
     ),
     "fractions": (
-        "the same, with zero points as fractions",
+        "Hadamard, values too, + QEP, zero points as fractions, then tuned, then distilled",
         fractional_zeros(qep())._replace(rewrite=TURNED, tuning=TUNED, finish=end_to_end_tuning()),
     ),
 }
