@@ -201,10 +201,9 @@ def solve_group(
         with task.clock("solve") as ready:
             solution = ready(_solution(task, weight, observed.stats, spec))
         seconds = time.perf_counter() - start
-        tensor, notes = check_solution(
-            solution, weight.shape, spec, f"method {task.method.name!r}, for {', '.join(paths)}"
-        )
-        validate(tensor, f"method {task.method.name!r}, for {', '.join(paths)}")
+        whose = f"method {task.method.name!r}, for {', '.join(paths)}"
+        tensor, notes = check_solution(solution, weight.shape, spec, whose)
+        validate(tensor, whose)
         with task.clock("measure"):
             measured = by_outputs(
                 _losses, spec, mesh=task.parallel.mesh, cut=(weight, tensor), whole=(observed.hessian,)

@@ -214,9 +214,10 @@ def quantize(
     give_back_large_arrays()
     chosen = make_method(method, options, alpha=alpha)
     if chosen.finish is not None:
+        after = {"eora": f"run `gptq-jax correct MODEL {out}`", "distill": f"run `gptq-jax distill MODEL {out}`"}
         raise ValueError(
             f"--method {method!r}: {chosen.finish.name} is done to a whole model: quantize without it, and then "
-            f"run `gptq-jax {'correct' if chosen.finish.name == 'eora' else 'distill'} MODEL {out}`."
+            f"{after.get(chosen.finish.name, 'apply it from Python')}."
         )
     check_contract(chosen, ())
     check_target(out, overwrite=overwrite)

@@ -172,7 +172,7 @@ def quantize_blocks(
             f"method {method.name!r} has the rewrite {method.rewrite.name!r}, which needs the whole model in memory: "
             "load it, and quantize what `rewritten` returns."
         )
-    if method is not None and method.finish is not None:
+    if method.finish is not None:
         raise ValueError(
             f"method {method.name!r} has the finish {method.finish.name!r}, which needs the whole model in memory: "
             "leave it out, and call it on what was stored (gptq-jax distill, gptq-jax correct)."

@@ -1,8 +1,8 @@
 """A whole quantized model, moved by gradient descent towards the float model's next-token distribution.
 
-What EfficientQAT does after its blocks (Chen et al. 2024, arXiv 2407.11062, section 3.3, E2E-QP): codes and zero points
-stay, scales are trained end to end. The loss is the distance from the float model, as in LLM-QAT (Liu et al. 2023,
-arXiv 2305.17888), not that from the text:
+What EfficientQAT does after its blocks (Chen et al. 2024, arXiv 2407.11062, section 3.3, E2E-QP): codes stay, scales
+are trained end to end; so are zero points here, where they are stored as fractions. The loss is the distance from the
+float model, as in LLM-QAT (Liu et al. 2023, arXiv 2305.17888), not that from the text:
     minimize over scales  mean over tokens of KL(p_float || p_quantized)
 """
 
