@@ -24,12 +24,12 @@ from gptq_jax.clock import Clock
 from gptq_jax.hessian import factorize, output_energy
 from gptq_jax.hooks.experts import is_stacked
 from gptq_jax.hooks.low_rank import LowRank
-from gptq_jax.hooks.nnx import kernel_of, with_kernel
+from gptq_jax.hooks.nnx import Params, kernel_of, with_kernel
 from gptq_jax.matmul import holds_prepared
 from gptq_jax.methods.base import Finish
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.methods.qep import correct, qep
-from gptq_jax.models.base import Model, check_no_lora, linear_paths
+from gptq_jax.models.base import Model, check_no_lora, packed_layers
 from gptq_jax.models.lora import Adapters, with_lora
 from gptq_jax.observe import observe
 from gptq_jax.pipeline import job_for
@@ -173,6 +173,11 @@ def corrected_layers(
                 f"{path} has shape {kernel.shape} in the quantized model, but {expected} in the float one: "
                 "give the float model that it was made from."
             )
+    if _apart(*(each.params["embed"] for each in (model, quantized))):
+        raise ValueError(
+            "embed is another in the quantized model: give the float model that it was made from; of one that was "
+            "rotated before (hadamard), the rotated one."
+        )
     try:
         found = {path: kernel for path, kernel in packed.items() if re.search(targets, path)}
     except re.error as error:
@@ -254,13 +259,8 @@ def _factors(
 
 def _packed(model: Model) -> dict[str, QuantizedTensor]:
     """The packed layers of the blocks by path."""
-    found = {}
-    for index, block in enumerate(model.params["layers"]):
-        for path in linear_paths(model.config, model.config.layer_kind(index)):
-            kernel = kernel_of(block, path)
-            if isinstance(kernel, QuantizedTensor):
-                found[f"layers.{index}.{path}"] = kernel
-    return found
+    blocks = packed_layers(model.config, model.params["layers"])
+    return {f"layers.{index}.{path}": kernel for index, block in enumerate(blocks) for path, kernel in block.items()}
 
 
 def _dequantized(floats: Any, packed: Any, path: str) -> Any:
@@ -275,6 +275,15 @@ def _dequantized(floats: Any, packed: Any, path: str) -> Any:
             "rewritten before (hadamard, awq, smooth), the rewritten one."
         )
     return floats
+
+
+def _apart(ours: Params, theirs: Params) -> bool:
+    """Whether embeddings differ by more than storing them in few bits would make them."""
+    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=False))
+    if jax.tree.structure(ours) != jax.tree.structure(theirs) or any(one.shape != two.shape for one, two in pairs):
+        return True
+    wide = [(one.astype(jnp.float32), two.astype(jnp.float32)) for one, two in pairs]
+    return any(bool(jnp.linalg.norm(one - two) > 0.5 * jnp.linalg.norm(one)) for one, two in wide)
 
 
 def _near(ours: Array, theirs: Array) -> bool:

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
-from gptq_jax.hooks.nnx import Params, kernel_of, with_kernel
+from gptq_jax.hooks.nnx import Params, with_kernel
 from gptq_jax.methods.base import Tuning, Variables
-from gptq_jax.models.base import Model, embed, linear_paths
+from gptq_jax.models.base import Model, embed, packed_layers
 from gptq_jax.models.quantizable import Forward
-from gptq_jax.tensor import QuantizedTensor
 from gptq_jax.tuning.fit import Kernels, Tensors, init, kernels_of, moved, packed, start
 
 
@@ -58,7 +57,7 @@ class Student:
     def start(self) -> list[Moving]:
         """Before the first step, of each block."""
         found = []
-        for tensors in self._tensors():
+        for tensors in packed_layers(self.model.config, self.model.params["layers"]):
             variables = start(self.tuning, _dequantized(tensors), tensors)
             found.append(Moving(variables, init(self.tuning, self.steps, variables)))
         return found
@@ -103,15 +102,7 @@ class Student:
         return replace(self.model, params={**self.model.params, "layers": layers})
 
     def _parts(self) -> tuple[list[Params], list[Tensors]]:
-        return self.model.params["layers"], self._tensors()
-
-    def _tensors(self) -> list[Tensors]:
-        """The packed kernels of each block by path."""
-        config, found = self.model.config, []
-        for index, block in enumerate(self.model.params["layers"]):
-            kernels = {path: kernel_of(block, path) for path in linear_paths(config, config.layer_kind(index))}
-            found.append({path: each for path, each in kernels.items() if isinstance(each, QuantizedTensor)})
-        return found
+        return self.model.params["layers"], packed_layers(self.model.config, self.model.params["layers"])
 
 
 def _run(

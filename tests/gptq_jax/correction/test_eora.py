@@ -17,6 +17,7 @@ from gptq_jax.correction import bits_per_weight
 from gptq_jax.correction.low_rank import low_rank, stacked_experts
 from gptq_jax.hooks.nnx import kernel_of
 from gptq_jax.models.base import capture_block, embed, run_block
+from gptq_jax.rewrites import hadamard
 
 GRID = QuantSpec(bits=3, group_size=24, scale_dtype="float16")
 
@@ -234,3 +235,7 @@ def test_models_that_do_not_belong_together(model, quantized):
     wide["layers"][1]["input_layernorm"]["scale"] = 1.5 * wide["layers"][1]["input_layernorm"]["scale"]
     refused(replace(model, params=wide), quantized, r"layers\.1\.input_layernorm\.scale is another .* awq, smooth")
     refused(model, rounded(float_model(case="biases"), GRID), r"layers\.0.* is another in the quantized model")
+    one, other = (hadamard(seed).apply(model, BATCHES, None) for seed in (0, 1))
+    refused(other, rounded(one, GRID), "embed is another .* that was rotated before")
+    refused(model, rounded(one, GRID), "embed is another .* that was rotated before")
+    assert eora(one, rounded(one, GRID, "q_proj"), BATCHES, 4)
