@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -143,14 +144,16 @@ class ComparisonTable:
         return [_row(method, spec, results) for (method, spec), results in groups.items()]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain data."""
-        return {
-            "names": dict(self.names),
-            "settings": dict(self.settings),
-            "float": asdict(self.float_figures),
-            "rows": [_plain(row) for row in self.rows()],
-            "cells": [result.to_json() for result in self.cells],
-        }
+        """Everything, as plain data; None for a number that is not finite, which JSON has no word for."""
+        return _finite(
+            {
+                "names": dict(self.names),
+                "settings": dict(self.settings),
+                "float": asdict(self.float_figures),
+                "rows": [_plain(row) for row in self.rows()],
+                "cells": [result.to_json() for result in self.cells],
+            }
+        )
 
     def markdown(self) -> str:
         """For a document; a notebook shows it by itself."""
@@ -243,3 +246,11 @@ def _plain(row: Row) -> dict[str, Any]:
         "values": {name: asdict(spread) for name, spread in row.values.items()},
         "failed": {str(seed): why for seed, why in row.failed.items()},
     }
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data

@@ -105,6 +105,19 @@ def test_csv_and_json_hold_the_same(table):
     assert [CellResult.from_json(cell) for cell in data["cells"]] == list(table.cells)
 
 
+def test_a_number_that_is_not_finite_is_null_in_json(table):
+    broken = result("rtn", SPECS[0], 0)
+    lost = LayerError(path="layers.0.q", loss=float("inf"), rtn_loss=0.2, relative_error=float("nan"))
+    data = table_of([replace(broken, figures=replace(broken.figures, layers=(lost,)))]).to_json()
+    json.dumps(data, allow_nan=False)
+    assert data["cells"][0]["figures"]["layers"][0] == {
+        "path": "layers.0.q",
+        "loss": None,
+        "rtn_loss": 0.2,
+        "relative_error": None,
+    }
+
+
 class Page(HTMLParser):
     """What a page shows, and what it would fetch."""
 
