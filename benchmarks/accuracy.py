@@ -115,6 +115,22 @@ def render(found: ComparisonTable, with_reference: bool) -> str:
     return "\n\n".join(sections)
 
 
+def overview(found: ComparisonTable) -> str:
+    """Each method at each grid: its perplexity and, in brackets, KL to float; the mean over seeds."""
+    rows = {(row.method, row.grid): row for row in found.rows() if row.seeds}
+    known = list(dict.fromkeys(grid for _, grid in rows))
+    lines = [["float32", *[f"{found.float_figures.perplexity:.2f}"] * len(known)]]
+    for method, (title, _) in METHODS.items():
+        cells = [rows.get((method, grid)) for grid in known]
+        if any(cells):
+            lines.append([title, *(None if row is None else _both(row) for row in cells)])
+    return table(["weights", *known], lines)
+
+
+def _both(row: Row) -> str:
+    return f"{_spread(row.values['perplexity'], 2)} ({row.values['kl'].mean:.3f})"
+
+
 def _spread(value: Spread, digits: int) -> str:
     return f"{value.mean:.{digits}f}" + ("" if value.deviation is None else f" ± {value.deviation:.{digits}f}")
 
@@ -185,7 +201,7 @@ def main() -> None:
         out=options.cells,
         progress=True,
     )
-    report = render(found, like_reference and options.calibration is not None)
+    report = f"{overview(found)}\n\n{render(found, like_reference and options.calibration is not None)}"
     write(options.out, "Perplexity by method", about, list(map(_without_times, found.to_json()["rows"])), report)
     print(f"{report}\n\nwrote {options.out}.json and .md")
 
