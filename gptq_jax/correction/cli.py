@@ -49,10 +49,13 @@ def correct(
     """Make up for what quantizing lost by low-rank factors beside the packed weights (EoRA), and write these.
 
     They are float16 LoRA adapters in PEFT's format: run QUANTIZED with `--adapter`. Takes about as long as quantizing,
-    and begins anew after an interruption.
+    and begins anew after an interruption. What was rotated before (`--method hadamard+...`) is compared with MODEL
+    rotated alike, in memory.
     """
     from gptq_jax.calibration import batches
     from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, corrected_layers, eora, stacked_experts
+    from gptq_jax.rewrites.hadamard import recorded
+    from gptq_jax.spec import SpecRules
     from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.load import load
     from gptq_jax.storage.peft import save_lora
@@ -60,9 +63,12 @@ def correct(
 
     check_target(out, overwrite=overwrite)
     text = read_calibration(calibration)
-    source = open_float(model, dtype, arch_config, whole=False)
     with console.status(f"loading {escape(quantized)}"):
         packed = load(quantized, dtype=str(dtype))
+    rotation = recorded((packed.report or {}).get("settings", {}))
+    source = open_float(model, dtype, arch_config, whole=rotation is not None)
+    if rotation is not None:
+        source = rotation.apply(source, [], SpecRules())
     corrected_layers(source, packed, rank, targets)  # before anything takes long
     length = window(length, source.config.context_length)
     how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}

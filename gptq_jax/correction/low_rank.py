@@ -279,9 +279,9 @@ def _dequantized(floats: Any, packed: Any, path: str) -> Any:
 
 def _apart(ours: Params, theirs: Params) -> bool:
     """Whether embeddings differ by more than storing them in few bits would make them."""
-    pairs = list(zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=False))
-    if jax.tree.structure(ours) != jax.tree.structure(theirs) or any(one.shape != two.shape for one, two in pairs):
+    if jax.tree.map(jnp.shape, ours) != jax.tree.map(jnp.shape, theirs):
         return True
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
     wide = [(one.astype(jnp.float32), two.astype(jnp.float32)) for one, two in pairs]
     return any(bool(jnp.linalg.norm(one - two) > 0.5 * jnp.linalg.norm(one)) for one, two in wide)
 

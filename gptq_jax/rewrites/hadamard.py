@@ -10,6 +10,7 @@ activation of an MLP and the layer `down` nothing can take up a rotation, which 
 as the model runs (R4).
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ from gptq_jax.models.fields import DecoderFields
 from gptq_jax.models.hadamard import hadamard_matrix, hadamard_transform
 from gptq_jax.rewrites.roles import changed, layer, readers, value_heads, writers
 
+ROTATED_VALUES = "rotated_values"
 # A norm's gain is this much more than what is stored.
 _OFFSETS = {"rms": 0.0, "rms_plus_one": 1.0}
 _JOINED = ("sequential", "parallel", "parallel_one_norm")
@@ -44,9 +46,17 @@ def hadamard(seed: int = 0, *, values: bool = False, online: bool = False) -> Re
         online: also the input of every MLP's last layer, each time the model runs, by a Hadamard matrix that is a
             product of small ones (R4): the model's config has `rotated_down`, and other tools cannot run it.
     """
-    more = {"rotated_values": values, ROTATED_DOWN: online}
+    more = {ROTATED_VALUES: values, ROTATED_DOWN: online}
     settings = (("rotation_seed", seed), *((name, True) for name, chosen in more.items() if chosen))
     return Rewrite(partial(_apply, seed=seed, values=values, online=online), name="hadamard", settings=settings)
+
+
+def recorded(settings: Mapping[str, Any]) -> Rewrite | None:
+    """The rotation that the settings of a report tell of; None if they tell of none."""
+    if settings.get("rewrite") != "hadamard":
+        return None
+    values, online = (settings.get(name, False) for name in (ROTATED_VALUES, ROTATED_DOWN))
+    return hadamard(settings["rotation_seed"], values=values, online=online)
 
 
 def rotation(size: int, seed: int = 0) -> Float[np.ndarray, "size size"]:

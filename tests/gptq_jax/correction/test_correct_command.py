@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import gptq_jax
 from gptq_jax.cli import app
+from gptq_jax.rewrites import hadamard
 
 CONFIG = {**decoder_cases.CASES["tied_gqa"], "vocab_size": 300, "num_hidden_layers": 1}
 QUICK = ("--samples", "4", "--length", "24", "--batch-size", "2")
@@ -72,6 +73,21 @@ def test_corrects_what_eval_and_generate_run(folder, tmp_path):
 
     again = ("correct", folder / "model", folder / "packed", "--out", out, "--calibration", folder / "text.txt")
     assert "exists: pass --overwrite" in run(*again).stderr
+
+
+def test_a_model_that_was_rotated_before(folder, tmp_path):
+    """The command rotates the float model alike, as the report of the packed one tells."""
+    model = gptq_jax.load(folder / "model")
+    tokens = [np.random.default_rng(0).integers(0, 300, (2, 24), dtype=np.int32)]
+    rewrite = hadamard(3, values=True)
+    grid = gptq_jax.QuantSpec(bits=2, group_size=24)
+    packed, _ = gptq_jax.quantize(model, tokens, grid, gptq_jax.rtn()._replace(rewrite=rewrite))
+    gptq_jax.save(packed, tmp_path / "packed")
+    start = ("correct", folder / "model", tmp_path / "packed", "--out", tmp_path / "out")
+    done = run(*start, "--calibration", folder / "text.txt", *QUICK, "--targets", "o_proj", "--json")
+    assert done.exit_code == 0, done.stderr
+    (layer,) = json.loads(done.stdout)["layers"]
+    assert layer["corrected_error"] < 0.8 * layer["error"] < 0.8
 
 
 @pytest.mark.parametrize(
