@@ -55,6 +55,10 @@ METHODS: dict[str, tuple[str, Method]] = {
     "eora_qep": ("QEP, with factors of rank 16", qep()._replace(finish=low_rank_correction(16, alpha=0.5))),
     "distill_qep": ("QEP, then distilled", qep()._replace(finish=end_to_end_tuning())),
     "tune_turned_qep": ("Hadamard, values too, + QEP, then tuned", qep()._replace(rewrite=TURNED, tuning=TUNED)),
+    "autoround_turned_qep": (
+        "Hadamard, values too, + QEP, then learned rounding",
+        qep()._replace(rewrite=TURNED, tuning=learned_rounding()),
+    ),
     "distill_tune_turned_qep": (
         "Hadamard, values too, + QEP, then tuned, then distilled",
         qep()._replace(rewrite=TURNED, tuning=TUNED, finish=end_to_end_tuning()),
