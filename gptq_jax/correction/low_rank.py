@@ -29,13 +29,14 @@ from gptq_jax.matmul import holds_prepared
 from gptq_jax.methods.base import Finish
 from gptq_jax.methods.gptq import gptq
 from gptq_jax.methods.qep import correct, qep
-from gptq_jax.models.base import Model, check_no_lora, packed_layers
+from gptq_jax.models.base import Model, check_no_lora
 from gptq_jax.models.lora import Adapters, with_lora
 from gptq_jax.observe import observe
 from gptq_jax.pipeline import job_for
 from gptq_jax.report import Report
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.checkpoint_source import CheckpointSource
+from gptq_jax.storage.parts import packed_layers
 from gptq_jax.stream import STREAMED_BYTES
 from gptq_jax.tensor import QuantizedTensor
 
@@ -258,9 +259,10 @@ def _factors(
 
 
 def _packed(model: Model) -> dict[str, QuantizedTensor]:
-    """The packed layers of the blocks by path."""
-    blocks = packed_layers(model.config, model.params["layers"])
-    return {f"layers.{index}.{path}": kernel for index, block in enumerate(blocks) for path, kernel in block.items()}
+    """The packed layers of the blocks by path, in the order they run."""
+    found = packed_layers({"layers": model.params["layers"]})
+    paths = (block.prefix + path for block in model.blocks() for group in block.groups for path in group)
+    return {path: found[path] for path in paths if path in found}
 
 
 def _dequantized(floats: Any, packed: Any, path: str) -> Any:

@@ -11,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from gptq_jax.hooks.nnx import Params, with_kernel
 from gptq_jax.methods.base import Tuning, Variables
-from gptq_jax.models.base import Model, embed, packed_layers
+from gptq_jax.models.base import Model, embed
 from gptq_jax.models.quantizable import Forward
+from gptq_jax.storage.parts import packed_layers
 from gptq_jax.tuning.fit import Kernels, Tensors, init, kernels_of, moved, packed, start
 
 
@@ -57,7 +58,7 @@ class Student:
     def start(self) -> list[Moving]:
         """Before the first step, of each block."""
         found = []
-        for tensors in packed_layers(self.model.config, self.model.params["layers"]):
+        for tensors in self._parts()[1]:
             variables = start(self.tuning, _dequantized(tensors), tensors)
             found.append(Moving(variables, init(self.tuning, self.steps, variables)))
         return found
@@ -102,7 +103,8 @@ class Student:
         return replace(self.model, params={**self.model.params, "layers": layers})
 
     def _parts(self) -> tuple[list[Params], list[Tensors]]:
-        return self.model.params["layers"], packed_layers(self.model.config, self.model.params["layers"])
+        blocks = self.model.params["layers"]
+        return blocks, [packed_layers(block) for block in blocks]
 
 
 def _run(

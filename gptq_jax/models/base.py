@@ -16,10 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from gptq_jax.hooks.low_rank import LORA
-from gptq_jax.hooks.nnx import Input, Params, bind, float_layers, kernel_of, linear_layers, parameters, record_inputs
+from gptq_jax.hooks.nnx import Input, Params, bind, float_layers, linear_layers, parameters, record_inputs
 from gptq_jax.models.identity import digest_arrays, digest_json
 from gptq_jax.models.quantizable import Calibration
-from gptq_jax.tensor import QuantizedTensor
 
 Cache = Any  # a block's own pytree, made by Architecture.init_cache
 
@@ -411,15 +410,6 @@ def input_groups(config: Architecture, kind: Hashable) -> tuple[tuple[str, ...],
 def linear_paths(config: Architecture, kind: Hashable) -> tuple[str, ...]:
     """The linear layers of a block, like "mlp.down_proj", in the order they run."""
     return tuple(path for group in input_groups(config, kind) for path in group)
-
-
-def packed_layers(config: Architecture, blocks: Sequence[Params]) -> list[dict[str, QuantizedTensor]]:
-    """The packed linear layers of each block by path, in the order they run."""
-    found = []
-    for index, block in enumerate(blocks):
-        kernels = {path: kernel_of(block, path) for path in linear_paths(config, config.layer_kind(index))}
-        found.append({path: kernel for path, kernel in kernels.items() if isinstance(kernel, QuantizedTensor)})
-    return found
 
 
 def _default_positions(x: Array) -> Int32[Array, "1 time"]:
