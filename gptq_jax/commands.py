@@ -1,6 +1,8 @@
 """What commands begin with: a model opened, calibration read or written, a window's length, devices."""
 
 import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,33 @@ def put_windows(path: Path, windows: Int32[np.ndarray, "samples length"]) -> Non
     content = io.BytesIO()
     np.save(content, windows)
     put_file(path, content.getvalue())
+
+
+@contextmanager
+def resumable(out: Path, kind: str, run: Mapping[str, Any], *, steps: str, restart: bool) -> Iterator[Any]:
+    """The `Progress` of work that ends in the directory `out`, nobody else writing there; says what is kept.
+
+    Args:
+        out: the target, beside which `.OUT.KIND` lies.
+        kind: what is done.
+        run, steps, restart: as for `Progress`; the versions are added.
+    """
+    import jax
+
+    from gptq_jax import __version__
+    from gptq_jax.storage.directory import beside, locked
+    from gptq_jax.storage.progress import Progress
+    from gptq_jax.terminal import note
+
+    run = {**run, "versions": {"gptq-jax": __version__, "jax": jax.__version__}}
+    with locked(out.resolve()):
+        progress = Progress(beside(out.resolve(), kind), run, steps=steps, restart=restart)
+        if progress.done:
+            note(f"going on with what an interrupted run left: {progress.done} {steps} are done")
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(progress.kept()) from None
 
 
 def mesh_over(devices: int | None) -> Any:

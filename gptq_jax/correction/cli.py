@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_jax.commands import calibration_windows, open_float, read_calibration, window
+from gptq_jax.commands import calibration_windows, open_float, read_calibration, resumable, window
 from gptq_jax.options import (
     ArchConfigOption,
     CalibrationOption,
@@ -44,16 +44,20 @@ def correct(
     arch_config: ArchConfigOption = None,
     dtype: DtypeOption = Dtype.float32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a directory this tool wrote.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away the blocks that an interrupted run left, and begin anew.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make up for what quantizing lost by low-rank factors beside the packed weights (EoRA), and write these.
 
-    They are float16 LoRA adapters in PEFT's format: run QUANTIZED with `--adapter`. Takes about as long as quantizing,
-    and begins anew after an interruption. What was rotated before (`--method hadamard+...`) is compared with MODEL
-    rotated alike, in memory.
+    They are float16 LoRA adapters in PEFT's format: run QUANTIZED with `--adapter`. Takes about as long as quantizing;
+    interrupted or killed, the same command goes on after the last block that is kept. What was rotated before
+    (`--method hadamard+...`) is compared with MODEL rotated alike, in memory.
     """
     from gptq_jax.calibration import batches
     from gptq_jax.correction.low_rank import CorrectedLayer, bits_per_weight, corrected_layers, eora, stacked_experts
+    from gptq_jax.models.identity import digest_arrays
     from gptq_jax.rewrites.hadamard import recorded
     from gptq_jax.spec import SpecRules
     from gptq_jax.storage.directory import check_target
@@ -73,9 +77,17 @@ def correct(
     length = window(length, source.config.context_length)
     how: dict[str, int] = {"samples": samples, "length": length, "seed": seed}
     windows = calibration_windows(text, source, model, dtype, arch_config, batch_size=batch_size, **how)
-    fit = batches(windows, batch_size)
+    told = {
+        "model": source.identity(),
+        "quantized": packed.identity(),
+        "calibration": digest_arrays([windows]),
+        "settings": {"rank": rank, "targets": targets, "alpha": alpha, "batch_size": batch_size},
+    }
     layers: list[CorrectedLayer] = []
-    with count_progress("correcting") as show:
+    with (
+        resumable(out, "correcting", told, steps="blocks", restart=restart) as progress,
+        count_progress("correcting") as show,
+    ):
 
         def on_layer(layer: CorrectedLayer, done: int, total: int) -> None:
             layers.append(layer)
@@ -84,15 +96,17 @@ def correct(
         adapters = eora(
             source,
             packed,
-            fit,
+            batches(windows, batch_size),
             rank,
             targets=targets,
             alpha=alpha,
             devices=devices,
             activations=activations,
+            progress=progress,
             on_layer=on_layer,
         )
     save_lora(adapters, packed, out, overwrite=overwrite)
+    progress.discard()
     before, after = bits_per_weight(packed, adapters)
     if stacked := stacked_experts(packed):
         note(f"left as they are, for stacked experts have no adapters: {', '.join(stacked)}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,17 +31,26 @@ from gptq_jax.methods.gptq import gptq
 from gptq_jax.methods.qep import correct, qep
 from gptq_jax.models.base import Model, check_no_lora
 from gptq_jax.models.lora import Adapters, with_lora
-from gptq_jax.observe import observe
+from gptq_jax.observe import look_again, observe
 from gptq_jax.pipeline import job_for
 from gptq_jax.report import Report
 from gptq_jax.spec import QuantSpec
 from gptq_jax.storage.checkpoint_source import CheckpointSource
 from gptq_jax.storage.parts import packed_layers
+from gptq_jax.storage.progress import Progress
 from gptq_jax.stream import STREAMED_BYTES
 from gptq_jax.tensor import QuantizedTensor
 
 DAMPING = 0.01  # as methods have it by default
 _MORE_COLUMNS, _ROUNDS = 16, 8  # of subspace iteration
+
+
+class _Corrected(NamedTuple):
+    """What was found for one layer: its factors as they are stored, and |XE| / |XW| without and with them."""
+
+    added: LowRank
+    error: Float[Array, ""]
+    corrected_error: Float[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,7 @@ def eora(
     dtype: DTypeLike = jnp.float16,
     devices: int | Sequence[jax.Device] | None = 1,
     activations: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
     on_layer: Callable[[CorrectedLayer, int, int], None] | None = None,
 ) -> Adapters:
     """Adapters that bring a quantized model's outputs nearer to the float model's, without training.
@@ -90,7 +100,9 @@ def eora(
             through the float model.
         dtype: of the factors.
         devices, activations: as for `quantize_blocks`.
-        on_layer: called after each layer, with how many are done, and how many there are.
+        progress: where finished blocks are kept, so that the same call goes on after a crash: the calibration then
+            runs through them again, and that is all.
+        on_layer: called after each layer, with how many are done, and how many there are; of those that are kept too.
 
     Returns:
         By path, for `with_lora`, `merge_lora` and `save_lora`.
@@ -103,26 +115,44 @@ def eora(
     specs = corrected_layers(model, quantized, rank, targets)
     job = job_for(model, batches, None, qep(alpha=alpha) if alpha else gptq(), True, None, devices)
     streams, clock = job.open_streams(STREAMED_BYTES, activations), Clock()
-    adapters: Adapters = {}
-    for block, packed in zip(job.calibration.blocks, quantized.params["layers"], strict=True):
+    kept, there = _kept(quantized, specs, rank, dtype, progress)
+    found: dict[str, _Corrected] = {}
+    for index, (block, packed) in enumerate(zip(job.calibration.blocks, quantized.params["layers"], strict=True)):
         inside = {path: specs.get(block.prefix + path) for group in block.groups for path in group}
         task = replace(job.task(block, streams, clock), specs=inside)
         floats = task.read()
         working = _dequantized(floats, task.parallel.replicate(packed), block.prefix.rstrip("."))
         for stage in task.stages():
-            observed = observe(block, job.method, task.ways(working, floats), stage, keep=True, clock=clock)
-            for path, said in ((path, said) for group, said in zip(stage, observed, strict=True) for path in group):
-                weights = kernel_of(floats, path), kernel_of(working, path)
-                drift = said.stats.drift if alpha else None
-                added, corrected, errors = _factors(*weights, said.hessian, drift, alpha, rank, jnp.dtype(dtype).name)
-                working = with_kernel(working, path, corrected)
-                adapters[block.prefix + path] = added
+            paths = [path for group in stage for path in group]
+            ways = task.ways(working, floats)
+            if index < there:  # the programs that computed the inputs of layers, so that these have the same bits
+                look_again(block, ways, stage, clock=clock)
+                corrected = [kept[block.prefix + path] for path in paths]
+            else:
+                observed = observe(block, job.method, ways, stage, keep=True, clock=clock)
+                corrected = [
+                    _factors(
+                        kernel_of(floats, path),
+                        kernel_of(working, path),
+                        said.hessian,
+                        said.stats.drift if alpha else None,
+                        alpha,
+                        rank,
+                        jnp.dtype(dtype).name,
+                    )
+                    for group, said in zip(stage, observed, strict=True)
+                    for path in group
+                ]
+            for path, this in zip(paths, corrected, strict=True):
+                working = with_kernel(working, path, _with(kernel_of(working, path), this.added))
+                found[block.prefix + path] = this
                 if on_layer is not None:
-                    before, after = map(float, errors)
-                    layer = CorrectedLayer(path=block.prefix + path, error=before, corrected_error=after)
-                    on_layer(layer, len(adapters), len(specs))
+                    errors = {"error": float(this.error), "corrected_error": float(this.corrected_error)}
+                    on_layer(CorrectedLayer(path=block.prefix + path, **errors), len(found), len(specs))
         task.leave(task.ways(working, floats))
-    return adapters
+        if progress is not None and index >= there:
+            progress.keep(found, index + 1)
+    return {path: this.added for path, this in found.items()}
 
 
 def low_rank_correction(rank: int = 16, *, alpha: float = 0.0) -> Finish:
@@ -241,8 +271,8 @@ def _factors(
     alpha: float,
     rank: int,
     dtype: str,
-) -> tuple[LowRank, Float[Array, "d_in d_out"], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """The factors as they are stored, the kernel with them, and |XE| / |XW| without and with them; W as QEP has it."""
+) -> _Corrected:
+    """What is found for one layer; with a drift, W is QEP's."""
     wide = weight.astype(jnp.float32)
     if drift is not None:
         wide = correct(wide, hessian, drift, alpha, DAMPING)
@@ -255,7 +285,29 @@ def _factors(
     def relative(error: Array) -> Array:
         return jnp.sqrt(jnp.maximum(jnp.sum(output_energy(error, hessian)), 0.0) / of_weight)
 
-    return added, (wide - left).astype(weight.dtype), (relative(error), relative(left))
+    return _Corrected(added, relative(error), relative(left))
+
+
+@jax.jit
+def _with(kernel: Float[Array, "d_in d_out"], added: LowRank) -> Float[Array, "d_in d_out"]:
+    return (kernel.astype(jnp.float32) + added.weight()).astype(kernel.dtype)
+
+
+def _kept(
+    quantized: Model, specs: Mapping[str, QuantSpec], rank: int, dtype: DTypeLike, progress: Progress | None
+) -> tuple[dict[str, _Corrected], int]:
+    """By path, what an interrupted run found for the layers of so many blocks."""
+    if progress is None:
+        return {}, 0
+
+    def form(d_in: int, d_out: int) -> _Corrected:
+        added = LowRank(a=jnp.zeros((d_in, rank), dtype), b=jnp.zeros((rank, d_out), dtype), scale=1.0)
+        return _Corrected(added, jnp.zeros(()), jnp.zeros(()))
+
+    layers = {path: kernel for path, kernel in _packed(quantized).items() if path in specs}
+    done = {path: kernel for path, kernel in layers.items() if int(path.split(".")[1]) < progress.done}
+    forms = {path: jax.eval_shape(partial(form, *kernel.shape)) for path, kernel in done.items()}
+    return progress.open(forms)
 
 
 def _packed(model: Model) -> dict[str, QuantizedTensor]:

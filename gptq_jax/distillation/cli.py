@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gptq_jax.commands import calibration_windows, read_calibration, window
+from gptq_jax.commands import calibration_windows, read_calibration, resumable, window
 from gptq_jax.options import (
     ArchConfigOption,
     CalibrationOption,
@@ -46,16 +46,12 @@ def distill(
     The same size, and what 2 and 3 bits lost is made up for in good part. Both models are in memory; a window takes
     about as long as eight forward passes. Interrupted or killed, the same command goes on, a minute back at most.
     """
-    import jax
-
-    from gptq_jax import __version__
     from gptq_jax.calibration import batches
     from gptq_jax.distillation.end_to_end import check_models, noted
     from gptq_jax.distillation.end_to_end import distill as run
-    from gptq_jax.distillation.progress import Progress
     from gptq_jax.models.identity import digest_arrays
     from gptq_jax.report import Report
-    from gptq_jax.storage.directory import beside, check_target, locked
+    from gptq_jax.storage.directory import check_target
     from gptq_jax.storage.load import load
     from gptq_jax.storage.store import save
     from gptq_jax.terminal import console, count_progress, escape, note
@@ -76,20 +72,12 @@ def distill(
         "quantized": packed.identity(),
         "calibration": digest_arrays([windows]),
         "settings": {"epochs": epochs, "rate": rate},
-        "versions": {"gptq-jax": __version__, "jax": jax.__version__},
     }
-    kept = beside(out.resolve(), "distilling")
-    with locked(out.resolve()):
-        progress = Progress(kept, told, restart=restart)
-        if progress.done:
-            note(f"going on with what an interrupted run left: {progress.done} steps are done")
-        try:
-            with count_progress("distilling") as show:
-                trained, found = run(
-                    loaded, packed, batches(windows, 1), tuning=tuning, progress=progress, on_step=show
-                )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(progress.kept()) from None
+    with (
+        resumable(out, "distilling", told, steps="steps", restart=restart) as progress,
+        count_progress("distilling") as show,
+    ):
+        trained, found = run(loaded, packed, batches(windows, 1), tuning=tuning, progress=progress, on_step=show)
     if trained.report is not None:
         trained = replace(trained, report=noted(Report.from_json(trained.report), found).to_json())
     save(trained, out, overwrite=overwrite)

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from gptq_jax.calibration import Batch
 from gptq_jax.distillation.divergence import divergence, divergence_slope
-from gptq_jax.distillation.progress import Progress
 from gptq_jax.distillation.student import Moving, Student, Window
 from gptq_jax.matmul import holds_prepared
 from gptq_jax.methods.base import Finish, Tuning
@@ -25,6 +24,7 @@ from gptq_jax.methods.contract import check_tuning
 from gptq_jax.models.base import Model, check_no_lora, check_tokens, embed, head_params
 from gptq_jax.parallel import is_cut
 from gptq_jax.report import Report
+from gptq_jax.storage.progress import Progress
 from gptq_jax.tensor import QuantizedTensor
 from gptq_jax.tuning.block_tuning import block_tuning
 

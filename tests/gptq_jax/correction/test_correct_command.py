@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import gptq_jax
 from gptq_jax.cli import app
 from gptq_jax.rewrites import hadamard
+from gptq_jax.storage.progress import Progress
 
 CONFIG = {**decoder_cases.CASES["tied_gqa"], "vocab_size": 300, "num_hidden_layers": 1}
 QUICK = ("--samples", "4", "--length", "24", "--batch-size", "2")
@@ -19,7 +20,7 @@ QUICK = ("--samples", "4", "--length", "24", "--batch-size", "2")
 
 def run(*arguments):
     result = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}).invoke(app, [*map(str, arguments)])
-    assert result.exit_code in (0, 2), result.stderr
+    assert result.exit_code in (0, 2, 130), result.stderr
     return result
 
 
@@ -88,6 +89,37 @@ def test_a_model_that_was_rotated_before(folder, tmp_path):
     assert done.exit_code == 0, done.stderr
     (layer,) = json.loads(done.stdout)["layers"]
     assert layer["corrected_error"] < 0.8 * layer["error"] < 0.8
+
+
+def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
+    """Stopped where it wrote adapters: no block is solved again, and the files are those of a run in peace."""
+    monkeypatch.setattr("gptq_jax.storage.progress.EVERY", 0.0)
+    text = ("--calibration", folder / "text.txt", *QUICK, "--rank", 4)
+
+    def start(out, *options):
+        return run("correct", folder / "model", folder / "packed", "--out", tmp_path / out, *text, *options)
+
+    assert start("peace").exit_code == 0
+
+    keep = Progress.keep
+
+    def stop(*arguments):
+        keep(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(Progress, "keep", stop)
+        stopped = start("out")
+    assert stopped.exit_code == 130
+    assert "interrupted: 1 blocks are kept; the same command goes on" in stopped.stderr
+    assert not (tmp_path / "out").exists()
+    assert "settings.rank was 4, is 5" in " ".join(start("out", "--rank", 5).stderr.split())
+    done = start("out")
+    assert done.exit_code == 0, done.stderr
+    assert "going on with what an interrupted run left: 1 blocks are done" in done.stderr
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "peace" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "peace"]  # nothing is left beside them
 
 
 @pytest.mark.parametrize(

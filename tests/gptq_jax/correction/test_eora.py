@@ -14,10 +14,13 @@ import gptq_jax
 from gptq_jax import QuantSpec, eora, lora, merge_lora, with_lora
 from gptq_jax.calibration import Batch
 from gptq_jax.correction import bits_per_weight
+from gptq_jax.correction import low_rank as low_rank_file
 from gptq_jax.correction.low_rank import low_rank, stacked_experts
 from gptq_jax.hooks.nnx import kernel_of
 from gptq_jax.models.base import capture_block, embed, run_block
+from gptq_jax.observe import observe
 from gptq_jax.rewrites import hadamard
+from gptq_jax.storage.progress import Progress
 
 GRID = QuantSpec(bits=3, group_size=24, scale_dtype="float16")
 
@@ -147,6 +150,33 @@ def test_what_is_told_of_each_layer(told):
         (path, number, 12) for number, path in enumerate(adapters, 1)
     ]
     assert all(layer.corrected_error < 0.9 * layer.error for layer, *_ in layers)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_a_run_goes_on_with_the_bits_of_one_in_peace(model, quantized, told, towards_qep, alpha, tmp_path, monkeypatch):
+    """Stopped in the second block: the first is not solved again, and the second sees what it saw before."""
+    monkeypatch.setattr("gptq_jax.storage.progress.EVERY", 0.0)
+
+    def stop(layer, done, total):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    first = Progress(tmp_path / "kept", {}, steps="blocks")
+    with pytest.raises(KeyboardInterrupt):
+        eora(model, quantized, BATCHES, 4, alpha=alpha, progress=first, on_layer=stop)
+    assert first.kept() == "1 blocks are kept; the same command goes on"
+    layers, observed = [], []
+    again = Progress(tmp_path / "kept", {}, steps="blocks")
+    monkeypatch.setattr(low_rank_file, "observe", lambda *one, **more: observed.append(one[0]) or observe(*one, **more))
+    resumed = eora(
+        model, quantized, BATCHES, 4, alpha=alpha, progress=again, on_layer=lambda *each: layers.append(each)
+    )
+    assert {block.prefix for block in observed} == {"layers.1."}
+    for path, added in (towards_qep if alpha else told[0]).items():
+        np.testing.assert_array_equal(resumed[path].a, added.a)
+        np.testing.assert_array_equal(resumed[path].b, added.b)
+    if not alpha:
+        assert layers == told[1]
 
 
 def test_outputs_come_nearer_with_the_rank(model, quantized, adapters):

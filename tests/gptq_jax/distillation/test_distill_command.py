@@ -63,7 +63,7 @@ def test_stored_and_nearer_to_the_float_model(folder, tmp_path):
 
 def test_an_interrupted_run_goes_on(folder, tmp_path, monkeypatch):
     run(*command(folder, tmp_path / "peace", *QUICK))
-    monkeypatch.setattr("gptq_jax.distillation.progress.EVERY", 0.0)
+    monkeypatch.setattr("gptq_jax.storage.progress.EVERY", 0.0)
     step, count = end_to_end.Student.step, 0
 
     def stops(*arguments):

@@ -16,13 +16,13 @@ from tiny_quantization import CONFIG, float_model, rounded
 from gptq_jax.calibration import Batch
 from gptq_jax.distillation import distill, end_to_end_tuning
 from gptq_jax.distillation.end_to_end import check_models, cut
-from gptq_jax.distillation.progress import Progress
 from gptq_jax.hooks.nnx import kernel_of, with_kernel
 from gptq_jax.methods import gptq, rtn
 from gptq_jax.models.base import linear_paths
 from gptq_jax.models.prepared import prepare
 from gptq_jax.pipeline import MemorySink, quantize, quantize_blocks
 from gptq_jax.spec import QuantSpec
+from gptq_jax.storage.progress import Progress
 from gptq_jax.tensor import QuantizedTensor
 from gptq_jax.tuning import block_tuning
 
@@ -125,7 +125,7 @@ def test_layers_that_stay_float_do():
 
 @pytest.fixture
 def written_at_once(monkeypatch):
-    monkeypatch.setattr("gptq_jax.distillation.progress.EVERY", 0.0)
+    monkeypatch.setattr("gptq_jax.storage.progress.EVERY", 0.0)
 
 
 def test_stacked_experts_move_too():
