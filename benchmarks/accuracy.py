@@ -22,6 +22,7 @@ from gptq_jax.correction import low_rank_correction
 from gptq_jax.distillation import end_to_end_tuning
 from gptq_jax.methods import Method, coordinate_descent, fractional_zeros, gptaq, gptq, hqq, qep, rtn
 from gptq_jax.rewrites import awq, hadamard, smooth
+from gptq_jax.self_calibration import SELF
 from gptq_jax.spec import QuantSpec
 from gptq_jax.tuning import block_tuning, learned_rounding
 
@@ -68,29 +69,37 @@ METHODS: dict[str, tuple[str, Method]] = {
         fractional_zeros(qep())._replace(rewrite=TURNED, tuning=TUNED, finish=end_to_end_tuning()),
     ),
 }
-# Earlier runs of the same algorithms by a separate program: groups of 64, asymmetric, 32 x 512 tokens of Wikipedia,
-# 24 x 512 held out. Another draw of windows than ours.
-REFERENCE_FLOAT = 20.71
-REFERENCE = {
-    2: {"mse": 133.7, "qep": 81.4},
-    3: {
-        "rtn": 62.99,
-        "natural": 53.24,
-        "activation": 40.14,
-        "mse": 36.13,
-        "gptq": 33.91,
-        "qep": 28.92,
+# Earlier runs of the same algorithms by a separate program, by held-out text: groups of 64, asymmetric, 32 x 512 tokens
+# of Wikipedia, 24 x 512 held out. Other draws of windows than ours; and the Brown corpus made into text otherwise.
+REFERENCE: dict[str, dict[int | None, dict[str, float]]] = {
+    "wiki_valid.txt": {
+        None: {"float": 20.71},
+        2: {"mse": 133.7, "qep": 81.4},
+        3: {
+            "rtn": 62.99,
+            "natural": 53.24,
+            "activation": 40.14,
+            "mse": 36.13,
+            "gptq": 33.91,
+            "qep": 28.92,
+        },
+        4: {"mse": 24.35, "qep": 22.38},
     },
-    4: {"mse": 24.35, "qep": 22.38},
+    "brown.txt": {
+        None: {"float": 36.91},
+        2: {"mse": 225.4, "qep": 147.3},
+        3: {"rtn": 106.44, "natural": 86.97, "activation": 68.24, "mse": 63.19, "gptq": 59.54, "qep": 51.06},
+        4: {"mse": 42.54, "qep": 39.90},
+    },
 }
 
 
-def render(found: ComparisonTable, with_reference: bool) -> str:
-    """A table for each grid of weights; every figure is the mean over seeds."""
+def render(found: ComparisonTable, references: dict[int | None, dict[str, float]]) -> str:
+    """A table for each grid of weights, beside what else is known of it; every figure is the mean over seeds."""
     sections = []
     for grid in dict.fromkeys(row.grid for row in found.rows()):
         rows = [row for row in found.rows() if row.grid == grid and row.seeds]
-        reference = REFERENCE.get(rows[0].spec.bits, {}) if with_reference and rows[0].spec.group_size == 64 else {}
+        reference = references.get(rows[0].spec.bits, {}) if rows[0].spec.group_size == 64 else {}
         floating = found.float_figures.perplexity
         rounded = next((row.values["perplexity"].mean for row in rows if row.method == "rtn"), None)
         lines = [["float32", f"{floating:.2f}", None, "0", "100.0%", None, None, *([None, None] * bool(reference))]]
@@ -107,9 +116,11 @@ def render(found: ComparisonTable, with_reference: bool) -> str:
             ]
             if reference:
                 expected = reference.get(row.method)
-                line += (
-                    [None, None] if expected is None else [f"{expected:.2f}", f"{_relative(row, found, expected):.3f}"]
-                )
+                if expected is None:
+                    line += [None, None]
+                else:
+                    theirs = expected / references[None]["float"]
+                    line += [f"{expected:.2f}", f"{row.values['perplexity'].mean / floating / theirs:.3f}"]
             lines.append(line)
         headings = ["weights", "perplexity", "gap to float / rounding's gap", "KL to float", "same top token"]
         headings += ["bits per weight", "perplexity by seed"]
@@ -150,14 +161,13 @@ def _without_times(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, "values": values}
 
 
-def _relative(row: Row, found: ComparisonTable, expected: float) -> float:
-    """Perplexity over the float model's, ours over theirs: the held-out windows are others."""
-    return row.values["perplexity"].mean / found.float_figures.perplexity / (expected / REFERENCE_FLOAT)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=Path, help="text file; Python's documentation if left out")
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        help="text file; self: text that the model writes; Python's documentation if left out",
+    )
     parser.add_argument("--held-out", type=Path, help="text file; the last tenth of that documentation if left out")
     parser.add_argument(
         "--rows", default="rtn,gptq,qep", help=f"separated by commas, out of {', '.join(METHODS)}; or all"
@@ -176,16 +186,20 @@ def main() -> None:
     if unknown := set(names) - set(METHODS):
         parser.error(f"--rows: no row {sorted(unknown)}; there are {list(METHODS)}.")
     for name in ("calibration", "held_out"):
-        if (path := getattr(options, name)) and not path.is_file():
+        path = getattr(options, name)
+        if path and not path.is_file() and (name, str(path)) != ("calibration", SELF):
             parser.error(f"--{name.replace('_', '-')}: {path} does not exist.")
     if (options.calibration is None) != (options.held_out is None):
         parser.error("give both --calibration and --held-out, or neither.")
+    writes = str(options.calibration) == SELF
+    source = "text that the model wrote" if writes else source_name(options.calibration)
     about = setting(
         model=NAME,
-        calibration=f"{options.samples} x {options.length} tokens of {source_name(options.calibration)}",
+        calibration=f"{options.samples} x {options.length} tokens of {source}",
         held_out=f"{options.held_out_samples} x {options.length} tokens of {source_name(options.held_out)}",
     )
-    like_reference = not options.symmetric and (options.samples, options.length) == (32, 512)
+    like_reference = not (options.symmetric or writes) and (options.samples, options.length) == (32, 512)
+    references = REFERENCE.get(source_name(options.held_out), {}) if like_reference else {}
     model = float_model()
     text = read_text(options.held_out, held_out=True)
     found = compare_methods(
@@ -196,7 +210,7 @@ def main() -> None:
             for bits in options.bits
             for size in options.group_size
         ],
-        token_stream(read_text(options.calibration), model.tokenizer),
+        SELF if writes else token_stream(read_text(options.calibration), model.tokenizer),
         windows(text, model.tokenizer, options.held_out_samples, options.length, 0).reshape(-1),
         seeds=options.seeds,
         samples=options.samples,
@@ -205,7 +219,7 @@ def main() -> None:
         out=options.cells,
         progress=True,
     )
-    report = f"{overview(found)}\n\n{render(found, like_reference and options.calibration is not None)}"
+    report = f"{overview(found)}\n\n{render(found, references)}"
     write(options.out, "Perplexity by method", about, list(map(_without_times, found.to_json()["rows"])), report)
     print(f"{report}\n\nwrote {options.out}.json and .md")
 
