@@ -1,4 +1,4 @@
-"""GPTAQ, asymmetric calibration (Li et al. 2025, arXiv 2504.02692), computed as GPTQ of a shifted weight.
+"""GPTAQ, asymmetric calibration (Li et al. 2025, arXiv 2504.02692, equation 9), computed as GPTQ of a shifted weight.
 
 When GPTQ has rounded input i, the paper's update also lets the inputs to come make up for what the layers before
 have done to input i: row i of P = strictly_upper((X - Xq)^T Xq U^T) U, times the weight of input i, is added to

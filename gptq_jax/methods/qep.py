@@ -1,4 +1,4 @@
-"""QEP, quantization error propagation (Arai and Ichikawa 2025, arXiv 2504.09629).
+"""QEP, quantization error propagation (Arai and Ichikawa 2025, arXiv 2504.09629, proposition 5.1 and equation 6).
 
 Layers quantized before have changed the inputs from X to Xq. The weight whose outputs on Xq are nearest to X W is
 W* = W + (Xq^T Xq)^-1 Xq^T (X - Xq) W; QEP goes the part alpha of that way, and quantizes what it comes to.
