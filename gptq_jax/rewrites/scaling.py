@@ -149,17 +149,18 @@ def _apply(model: Any, batches: Sequence[Any], rules: SpecRules, *, choose: Choo
     for index, block in enumerate(calibration.blocks):
         config, params = model.config.of_kind(model.config.layer_kind(index)), block.params
         groups = scaling_groups(config)
-        paths = [getattr(config.names, group.readers[0]) for group in groups]
+        members = [tuple(getattr(config.names, role) for role in group.readers) for group in groups]
+        paths = [first for first, *_ in members]
         stats: list[InputStats] = [_zeros(kernel_of(params, path).shape[0]) for path in paths]
         for number, (state, mask) in enumerate(zip(states, calibration.masks, strict=True)):
             captured = block.forward.capture(params, state, tuple(paths), mask, {})
             stats = [_add(have, captured[path], mask) for have, path in zip(stats, paths, strict=True)]
-            states[number] = block.forward.run(params, state, mask, {})
+            known = {path: captured[these[0]] for these in members for path in these}
+            states[number] = block.forward.run(params, state, mask, known)
         scaled = params
-        for group, have in zip(groups, stats, strict=True):
-            members = [getattr(config.names, role) for role in group.readers]
-            specs = tuple(rules.spec_for(block.prefix + path) for path in members)
-            kernels = tuple(kernel_of(params, path).astype(jnp.float32) for path in members)
+        for group, these, have in zip(groups, members, stats, strict=True):
+            specs = tuple(rules.spec_for(block.prefix + path) for path in these)
+            kernels = tuple(kernel_of(params, path).astype(jnp.float32) for path in these)
             scaled = fold(scaled, config, group, choose(kernels, specs, have))
         layers.append(scaled)
     return replace(model, params={**model.params, "layers": layers})
