@@ -10,7 +10,7 @@ and the same command goes on after the last one.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from measuring import RESULTS, setting, table, write
 from models import NAME, float_model, read_text, source_name, windows
@@ -69,37 +69,43 @@ METHODS: dict[str, tuple[str, Method]] = {
         fractional_zeros(qep())._replace(rewrite=TURNED, tuning=TUNED, finish=end_to_end_tuning()),
     ),
 }
+
+
+class Reference(NamedTuple):
+    """Perplexity of the float model, and by bits and row that of quantized ones."""
+
+    floating: float
+    rows: dict[int, dict[str, float]]
+
+
 # Earlier runs of the same algorithms by a separate program, by held-out text: groups of 64, asymmetric, 32 x 512 tokens
 # of Wikipedia, 24 x 512 held out. Other draws of windows than ours; and the Brown corpus made into text otherwise.
-REFERENCE: dict[str, dict[int | None, dict[str, float]]] = {
-    "wiki_valid.txt": {
-        None: {"float": 20.71},
-        2: {"mse": 133.7, "qep": 81.4},
-        3: {
-            "rtn": 62.99,
-            "natural": 53.24,
-            "activation": 40.14,
-            "mse": 36.13,
-            "gptq": 33.91,
-            "qep": 28.92,
+REFERENCE = {
+    "wiki_valid.txt": Reference(
+        20.71,
+        {
+            2: {"mse": 133.7, "qep": 81.4},
+            3: {"rtn": 62.99, "natural": 53.24, "activation": 40.14, "mse": 36.13, "gptq": 33.91, "qep": 28.92},
+            4: {"mse": 24.35, "qep": 22.38},
         },
-        4: {"mse": 24.35, "qep": 22.38},
-    },
-    "brown.txt": {
-        None: {"float": 36.91},
-        2: {"mse": 225.4, "qep": 147.3},
-        3: {"rtn": 106.44, "natural": 86.97, "activation": 68.24, "mse": 63.19, "gptq": 59.54, "qep": 51.06},
-        4: {"mse": 42.54, "qep": 39.90},
-    },
+    ),
+    "brown.txt": Reference(
+        36.91,
+        {
+            2: {"mse": 225.4, "qep": 147.3},
+            3: {"rtn": 106.44, "natural": 86.97, "activation": 68.24, "mse": 63.19, "gptq": 59.54, "qep": 51.06},
+            4: {"mse": 42.54, "qep": 39.90},
+        },
+    ),
 }
 
 
-def render(found: ComparisonTable, references: dict[int | None, dict[str, float]]) -> str:
+def render(found: ComparisonTable, known: Reference | None) -> str:
     """A table for each grid of weights, beside what else is known of it; every figure is the mean over seeds."""
     sections = []
     for grid in dict.fromkeys(row.grid for row in found.rows()):
         rows = [row for row in found.rows() if row.grid == grid and row.seeds]
-        reference = references.get(rows[0].spec.bits, {}) if rows[0].spec.group_size == 64 else {}
+        reference = known.rows.get(rows[0].spec.bits, {}) if known and rows[0].spec.group_size == 64 else {}
         floating = found.float_figures.perplexity
         rounded = next((row.values["perplexity"].mean for row in rows if row.method == "rtn"), None)
         lines = [["float32", f"{floating:.2f}", None, "0", "100.0%", None, None, *([None, None] * bool(reference))]]
@@ -114,13 +120,14 @@ def render(found: ComparisonTable, references: dict[int | None, dict[str, float]
                 f"{row.values['bits_per_weight'].mean:.2f}",
                 _seeds(row, found),
             ]
-            if reference:
+            if known and reference:
                 expected = reference.get(row.method)
-                if expected is None:
-                    line += [None, None]
-                else:
-                    theirs = expected / references[None]["float"]
-                    line += [f"{expected:.2f}", f"{row.values['perplexity'].mean / floating / theirs:.3f}"]
+                ours = row.values["perplexity"].mean / floating  # over the float model's: the windows are others
+                line += (
+                    [None, None]
+                    if expected is None
+                    else [f"{expected:.2f}", f"{ours / (expected / known.floating):.3f}"]
+                )
             lines.append(line)
         headings = ["weights", "perplexity", "gap to float / rounding's gap", "KL to float", "same top token"]
         headings += ["bits per weight", "perplexity by seed"]
@@ -199,7 +206,7 @@ def main() -> None:
         held_out=f"{options.held_out_samples} x {options.length} tokens of {source_name(options.held_out)}",
     )
     like_reference = not (options.symmetric or writes) and (options.samples, options.length) == (32, 512)
-    references = REFERENCE.get(source_name(options.held_out), {}) if like_reference else {}
+    known = REFERENCE.get(source_name(options.held_out)) if like_reference else None
     model = float_model()
     text = read_text(options.held_out, held_out=True)
     found = compare_methods(
@@ -219,7 +226,7 @@ def main() -> None:
         out=options.cells,
         progress=True,
     )
-    report = f"{overview(found)}\n\n{render(found, references)}"
+    report = f"{overview(found)}\n\n{render(found, known)}"
     write(options.out, "Perplexity by method", about, list(map(_without_times, found.to_json()["rows"])), report)
     print(f"{report}\n\nwrote {options.out}.json and .md")
 
