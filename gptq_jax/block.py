@@ -150,7 +150,11 @@ def replay_block(task: BlockTask, packed: Params) -> None:
     floats = task.read()
     dtypes = {path: kernel_of(floats, path).dtype for path in task.paths()}
     working = _dequantized(task.parallel.replicate(packed), dtypes)
-    ways = task.ways(working, floats if len(task.streams) > 1 else None)
+    run_again(task, task.ways(working, floats if len(task.streams) > 1 else None))
+
+
+def run_again(task: BlockTask, ways: Sequence[Way]) -> None:
+    """Take the streams through a block whose parameters are found, by the programs that ran while they were sought."""
     # Stage by stage, for these are the programs that computed the inputs; a tuned block ran as a whole in the end.
     again = task.watched(ways)[0 if task.method.tuning is None else 1 :]
     if task.true_sequential and again:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gptq_jax.block import run_again
 from gptq_jax.calibration import Batch
 from gptq_jax.clock import Clock
 from gptq_jax.hessian import factorize, output_energy
@@ -31,7 +32,8 @@ from gptq_jax.methods.gptq import gptq
 from gptq_jax.methods.qep import correct, qep
 from gptq_jax.models.base import Model, check_no_lora
 from gptq_jax.models.lora import Adapters, with_lora
-from gptq_jax.observe import look_again, observe
+from gptq_jax.models.quantizable import Block
+from gptq_jax.observe import observe
 from gptq_jax.pipeline import job_for
 from gptq_jax.report import Report
 from gptq_jax.spec import QuantSpec
@@ -117,40 +119,33 @@ def eora(
     streams, clock = job.open_streams(STREAMED_BYTES, activations), Clock()
     kept, there = _kept(quantized, specs, rank, dtype, progress)
     found: dict[str, _Corrected] = {}
+
+    def take(block: Block, path: str, corrected: _Corrected, working: Params) -> Params:
+        found[block.prefix + path] = corrected
+        if on_layer is not None:
+            errors = {"error": float(corrected.error), "corrected_error": float(corrected.corrected_error)}
+            on_layer(CorrectedLayer(path=block.prefix + path, **errors), len(found), len(specs))
+        return with_kernel(working, path, _with(kernel_of(working, path), corrected.added))
+
     for index, (block, packed) in enumerate(zip(job.calibration.blocks, quantized.params["layers"], strict=True)):
         inside = {path: specs.get(block.prefix + path) for group in block.groups for path in group}
         task = replace(job.task(block, streams, clock), specs=inside)
         floats = task.read()
         working = _dequantized(floats, task.parallel.replicate(packed), block.prefix.rstrip("."))
+        if index < there:
+            for path in task.paths():
+                working = take(block, path, kept[block.prefix + path], working)
+            run_again(task, task.ways(working, floats))
+            continue
         for stage in task.stages():
-            paths = [path for group in stage for path in group]
-            ways = task.ways(working, floats)
-            if index < there:  # the programs that computed the inputs of layers, so that these have the same bits
-                look_again(block, ways, stage, clock=clock)
-                corrected = [kept[block.prefix + path] for path in paths]
-            else:
-                observed = observe(block, job.method, ways, stage, keep=True, clock=clock)
-                corrected = [
-                    _factors(
-                        kernel_of(floats, path),
-                        kernel_of(working, path),
-                        said.hessian,
-                        said.stats.drift if alpha else None,
-                        alpha,
-                        rank,
-                        jnp.dtype(dtype).name,
-                    )
-                    for group, said in zip(stage, observed, strict=True)
-                    for path in group
-                ]
-            for path, this in zip(paths, corrected, strict=True):
-                working = with_kernel(working, path, _with(kernel_of(working, path), this.added))
-                found[block.prefix + path] = this
-                if on_layer is not None:
-                    errors = {"error": float(this.error), "corrected_error": float(this.corrected_error)}
-                    on_layer(CorrectedLayer(path=block.prefix + path, **errors), len(found), len(specs))
+            observed = observe(block, job.method, task.ways(working, floats), stage, keep=True, clock=clock)
+            for path, said in ((path, said) for group, said in zip(stage, observed, strict=True) for path in group):
+                weights = kernel_of(floats, path), kernel_of(working, path)
+                drift = said.stats.drift if alpha else None
+                corrected = _factors(*weights, said.hessian, drift, alpha, rank, jnp.dtype(dtype).name)
+                working = take(block, path, corrected, working)
         task.leave(task.ways(working, floats))
-        if progress is not None and index >= there:
+        if progress is not None:
             progress.keep(found, index + 1)
     return {path: this.added for path, this in found.items()}
 
