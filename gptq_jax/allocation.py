@@ -1,9 +1,9 @@
 """Bits where they serve best: a grid for each layer, so that all together stay within a budget of bits per weight.
 
 One pass of the float model gathers the Hessian of each input, and each layer is solved on each candidate grid. What is
-minimized is the sum over layers of |X(W-Q)|^2 / |XW|^2, exactly, by dynamic programming over bytes: the linear model of
-HIGGS (Malinovskii et al. 2025, arXiv 2411.17525), in which such errors add up to that of the model, with the relative
-error of outputs in the place of fitted coefficients times that of weights.
+minimized is the sum over layers of the divergence that the error of each is expected to bring (`sensitivity`), exactly,
+by dynamic programming over bytes: the linear model of HIGGS (Malinovskii et al. 2025, arXiv 2411.17525), in which
+errors of layers add up to that of the model, with coefficients from slopes in the place of fitted ones.
 """
 
 import math
@@ -15,6 +15,7 @@ from os import PathLike
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptq_jax.block import solve_group
@@ -24,9 +25,11 @@ from gptq_jax.methods.base import Method
 from gptq_jax.methods.contract import check_contract
 from gptq_jax.models.quantizable import BlockSource
 from gptq_jax.observe import observe
+from gptq_jax.parallel.hosts import on_first
 from gptq_jax.pipeline import Job, job_for
 from gptq_jax.planning.sizes import packed_shape
 from gptq_jax.report import LayerReport
+from gptq_jax.sensitivity import expected_divergence, fisher_traces
 from gptq_jax.spec import QuantSpec, SpecRules
 from gptq_jax.stream import STREAMED_BYTES
 
@@ -43,7 +46,8 @@ class Choice:
     Attributes:
         bits: of the grid.
         nbytes: packed, with scales and zeros.
-        error: |X(W-Q)|^2 / |XW|^2, summed over the layers.
+        error: the divergence from the float model that it is expected to bring, in nats per token, or where that is
+            not known |X(W-Q)|^2 / |XW|^2; summed over the layers.
     """
 
     bits: int
@@ -66,9 +70,11 @@ def allocate_bits(
 ) -> SpecRules:
     """Choose the bits of each layer, for `quantize(model, batches, allocate_bits(model, batches, 3.5))`.
 
-    Assumes that relative errors of layers add up, each counting alike wherever it is. Layers are measured on the inputs
-    that the float model gives them. Memory is that of `quantize_blocks`; time is that of quantizing the model, but for
-    the solver, which runs once for each candidate.
+    Assumes that what errors of layers do to the predictions adds up. Of a module of one's own, whose predictions are
+    not known, relative errors of layers add up in their place, each counting alike wherever it is. Layers are measured
+    on the inputs that the float model gives them. Memory is that of `quantize_blocks`, and the stream before every
+    block for 8 windows; time is that of quantizing the model, but for the solver, which runs once for each candidate,
+    and of a pass back through it for those windows.
 
     Args:
         source: a float model, or a checkpoint (`open_checkpoint`).
@@ -99,21 +105,29 @@ def allocate_bits(
     _check_least(job, candidates, target_bpw)
     check_contract(job.method, (grid for each in candidates.values() for grid in each.values()))
 
-    measured: dict[str, dict[int, LayerReport]] = defaultdict(dict)
+    traces = None
+    if job.calibration.head is not None:
+        traces = on_first(lambda: fisher_traces(job.calibration, candidates, directory=activations))
+
+    measured: dict[str, dict[int, Choice]] = defaultdict(dict)
+    weights = dict.fromkeys(candidates, 0)
     total = sum(map(len, candidates.values()))
-    for done, layer in enumerate(_measure(job, candidates, activations), 1):
-        if not math.isfinite(layer.relative_error):
+    for done, (layer, energy) in enumerate(_measure(job, candidates, activations), 1):
+        error = layer.relative_error**2
+        if traces is not None:
+            error = expected_divergence(traces[layer.path], layer.loss, energy, layer.d_out)
+        if not math.isfinite(error):
             raise ValueError(f"{layer.path} has no finite error at {layer.spec.bits} bits: check the model's weights.")
-        measured[layer.path][layer.spec.bits] = layer
+        measured[layer.path][layer.spec.bits] = Choice(bits=layer.spec.bits, nbytes=layer.nbytes, error=error)
+        weights[layer.path] = layer.weights
         if on_candidate is not None:
             on_candidate(done, total)
 
     stacks = [paths for paths in map(tuple, job.calibration.alike) if paths[0] in measured]
     alone = set(measured).difference(*stacks)
     units = [*stacks, *((path,) for path in measured if path in alone)]
-    choices = [_choices([measured[path] for path in paths]) for paths in units]
-    weights = sum(next(iter(reports.values())).weights for reports in measured.values())
-    chosen = choose(choices, _budget(target_bpw, weights))
+    choices = [_together([measured[path] for path in paths]) for paths in units]
+    chosen = choose(choices, _budget(target_bpw, sum(weights.values())))
     return _rules(job.rules, {path: choice.bits for paths, choice in zip(units, chosen, strict=True) for path in paths})
 
 
@@ -179,8 +193,10 @@ def _check_least(job: Job, candidates: Candidates, target_bpw: float) -> None:
         )
 
 
-def _measure(job: Job, candidates: Candidates, directory: str | PathLike[str] | None) -> Iterator[LayerReport]:
-    """Solve each layer on each of its grids, on what the float model feeds it."""
+def _measure(
+    job: Job, candidates: Candidates, directory: str | PathLike[str] | None
+) -> Iterator[tuple[LayerReport, float]]:
+    """Solve each layer on each of its grids, on what the float model feeds it: reports, and |x|^2 per token."""
     clock = Clock()
     streams = job.open_streams(STREAMED_BYTES, directory)
     for block in job.calibration.blocks:
@@ -190,21 +206,22 @@ def _measure(job: Job, candidates: Candidates, directory: str | PathLike[str] | 
         for stage in task.stages():
             observed = observe(block, job.method, ways, stage, keep=True, clock=clock)
             for group, said in zip(stage, observed, strict=True):
+                energy = float(jnp.trace(said.hessian, axis1=-2, axis2=-1).sum()) / said.tokens
                 grids = {path: candidates[block.prefix + path] for path in group}
                 for bits in sorted(set().union(*grids.values())):
                     specs = {path: grids[path][bits] for path in group if bits in grids[path]}
                     for _, _, report in solve_group(replace(task, specs=specs), params, tuple(specs), said):
-                        yield report
+                        yield report, energy
         task.leave(ways)
 
 
-def _choices(layers: Sequence[Mapping[int, LayerReport]]) -> list[Choice]:
+def _together(layers: Sequence[Mapping[int, Choice]]) -> list[Choice]:
     """Of layers that must have one grid."""
     return [
         Choice(
             bits=bits,
-            nbytes=sum(reports[bits].nbytes for reports in layers),
-            error=sum(reports[bits].relative_error ** 2 for reports in layers),
+            nbytes=sum(each[bits].nbytes for each in layers),
+            error=sum(each[bits].error for each in layers),
         )
         for bits in layers[0]
     ]

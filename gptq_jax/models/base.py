@@ -177,6 +177,7 @@ class Model:
             masks,
             embedding=lambda: self.params["embed"],
             block=lambda index: self.params["layers"][index],
+            heading=lambda: self.params["head"],
             assemble=lambda packed, report: replace(
                 self, params={**self.params, "layers": list(packed)}, report=report
             ),
@@ -206,6 +207,7 @@ def calibrate(
     *,
     embedding: Callable[[], Params],
     block: Callable[[int], Params],
+    heading: Callable[[], Params],
     assemble: Callable[[Sequence[Params], dict[str, Any]], Any],
 ) -> Calibration:
     """A supplied architecture block by block, its parameters read when they are needed.
@@ -216,6 +218,7 @@ def calibrate(
         masks: for each, True for real tokens; None if all are.
         embedding: gives the parameters of the embedding.
         block: gives those of one block.
+        heading: gives those of the head, less the embedding where it is tied.
         assemble: as `Calibration.assemble`.
 
     Raises:
@@ -235,6 +238,10 @@ def calibrate(
         params = {"embed": embedding()}
         return (embed(config, params, batch) for batch in tokens)
 
+    def head_of() -> tuple[Architecture, Params]:
+        parts = {"head": heading(), **({"embed": embedding()} if config.tie_embeddings else {})}
+        return config, head_params(config, parts)
+
     blocks = blocks_of(config, block)
     return Calibration(
         blocks=blocks,
@@ -250,6 +257,7 @@ def calibrate(
             "head": "reads the embedding" if config.tie_embeddings else "the output head stays float",
         },
         assemble=assemble,
+        head=head_of,
     )
 
 

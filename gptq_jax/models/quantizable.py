@@ -67,6 +67,7 @@ class Calibration:
         one_device: why its batches cannot be shared among devices; None if they can: then states, and what is captured
             of them, have the rows of the batch first.
         assemble: makes the model of its blocks' parameters and the report.
+        head: gives what makes logits of the state after the last block, and what that reads; None if it is not known.
     """
 
     blocks: Sequence[Block]
@@ -77,6 +78,7 @@ class Calibration:
     refused: Mapping[str, str] = field(default_factory=dict)
     alike: Sequence[Sequence[str]] = ()
     one_device: str | None = None
+    head: Callable[[], tuple[Any, Params]] | None = None
 
 
 @runtime_checkable

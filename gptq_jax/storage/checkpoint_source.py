@@ -83,6 +83,7 @@ class CheckpointSource:
             masks,
             embedding=lambda: self.read("embed"),
             block=lambda index: self.read(f"layers.{index}"),
+            heading=lambda: self.read("head"),
             assemble=lambda packed, report: Model(
                 self.config,
                 {"embed": self.read("embed"), "layers": list(packed), "head": self.read("head")},
