@@ -142,3 +142,13 @@ def test_two_processes_do_what_one_does_and_go_on_when_one_died(files):
     _, differing, missing = filecmp.cmpfiles(files / "together", files / "resumed", names, shallow=False)
     assert not differing
     assert not missing
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_bits_that_one_does(files):
+    chosen = ["--target-bpw", "3.6"]
+    finish(start(files, *quantize("chosen-alone"), *chosen, processes=1))
+    finish(start(files, *quantize("chosen-together"), *chosen))
+    alone, together = (load(files / name).params for name in ("chosen-alone", "chosen-together"))
+    assert jax.tree.structure(alone) == jax.tree.structure(together)
+    assert all(map(np.array_equal, jax.tree.leaves(alone), jax.tree.leaves(together)))
