@@ -92,7 +92,7 @@ def fisher_traces(
             sums = {path: sums[path] + float(squares[path]) for path in paths}
         found.update({block.prefix + path: total / tokens for path, total in sums.items()})
     if wrong := sorted(path for path, trace in found.items() if not np.isfinite(trace)):
-        raise ValueError(f"the model's predictions have no finite slope in {wrong[0]}: load it as float32.")
+        raise ValueError(f"the model's predictions have no finite slope in {wrong[0]}: check it, or use float32.")
     return found
 
 

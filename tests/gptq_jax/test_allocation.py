@@ -125,7 +125,6 @@ def test_errors_are_divergences_that_are_expected(model, monkeypatch):
     monkeypatch.setattr(allocation, "choose", lambda choices, budget: [seen.append(c) or c[0] for c in choices])
     rules = allocate_bits(model, BATCHES, 8.0, bits=(4,), spec=RULES, method=METHOD)
     found = divergence(model, quantize(model, BATCHES, rules, METHOD)[0])
-    print(sum(c.error for (c,) in seen), found)
     assert 0.5 < sum(choice.error for (choice,) in seen) / found < 2
 
 

@@ -100,7 +100,7 @@ def test_the_stream_may_wait_in_a_file(model, tmp_path, monkeypatch):
 
 def test_slopes_that_are_not_finite_are_said(model):
     broken = changed(model, LAYERS[-1], jnp.inf)
-    with pytest.raises(ValueError, match=r"no finite slope in layers\.\d\.\w+\.\w+: load it as float32"):
+    with pytest.raises(ValueError, match=r"no finite slope in layers\.\d\.\w+\.\w+: check it, or use float32"):
         traces_of(broken, BATCHES)
 
 
