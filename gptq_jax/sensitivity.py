@@ -24,10 +24,9 @@ from gptq_jax.hooks.nnx import Params, kernel_of, with_kernel
 from gptq_jax.models.base import Headed, apply_head
 from gptq_jax.models.quantizable import Calibration, Forward
 from gptq_jax.parallel.data import on_host
+from gptq_jax.tuning.fit import Kernels
 
 WINDOWS = 8  # of the calibration: the mean over so many is within some 10 % of that over all
-
-Kernels = dict[str, Float[Array, "*experts d_in d_out"]]  # by path
 
 
 class Window(NamedTuple):
@@ -85,12 +84,12 @@ def fisher_traces(
     for index, block in reversed(list(enumerate(calibration.blocks))):
         params = block.params
         paths = [path for group in block.groups for path in group if block.prefix + path in layers]
-        sums = dict.fromkeys(paths, 0.0)
+        squares = []
         for number, (_, mask) in enumerate(windows):
             x = jnp.asarray(before[index * len(windows) + number])
-            squares, slopes[number] = _back(block.forward, params, paths, x, mask, slopes[number])
-            sums = {path: sums[path] + float(squares[path]) for path in paths}
-        found.update({block.prefix + path: total / tokens for path, total in sums.items()})
+            own, slopes[number] = _back(block.forward, params, paths, x, mask, slopes[number])
+            squares.append(own)
+        found.update({block.prefix + path: sum(float(own[path]) for own in squares) / tokens for path in paths})
     if wrong := sorted(path for path, trace in found.items() if not np.isfinite(trace)):
         raise ValueError(f"the model's predictions have no finite slope in {wrong[0]}: check it, or use float32.")
     return found
