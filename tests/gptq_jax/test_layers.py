@@ -30,6 +30,7 @@ LEVELS = {
         "gptq_jax.generate",
         "gptq_jax.inspection",
         "gptq_jax.self_calibration",
+        "gptq_jax.sensitivity",
         "gptq_jax.terminal",
     ),
     7: (
@@ -56,6 +57,7 @@ SAME_LEVEL = {  # what may be imported beside a file on its own level: an order 
     "gptq_jax.block": {"gptq_jax.observe", "gptq_jax.stream"},
     "gptq_jax.pipeline": {"gptq_jax.block", "gptq_jax.stream"},
     "gptq_jax.self_calibration": {"gptq_jax.generate"},
+    "gptq_jax.sensitivity": {"gptq_jax.evaluate"},
     "gptq_jax.planning": {"gptq_jax.bench"},
     "gptq_jax.allocation": {"gptq_jax.planning"},
     "gptq_jax.by_name": {"gptq_jax.correction", "gptq_jax.distillation"},
