@@ -12,25 +12,27 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float64, Int64
 
-from gptq_jax.block import solve_group
+from gptq_jax.block import BlockTask, run_again, solve_group
 from gptq_jax.clock import Clock
-from gptq_jax.hooks.nnx import kernel_of
+from gptq_jax.hooks.nnx import Params, kernel_of
 from gptq_jax.methods.base import Method
 from gptq_jax.methods.contract import check_contract
 from gptq_jax.models.quantizable import BlockSource
-from gptq_jax.observe import observe
+from gptq_jax.observe import Way, observe
 from gptq_jax.parallel.hosts import on_first
 from gptq_jax.pipeline import Job, job_for
 from gptq_jax.planning.sizes import packed_shape
 from gptq_jax.report import LayerReport
 from gptq_jax.sensitivity import expected_divergence, fisher_traces
 from gptq_jax.spec import QuantSpec, SpecRules
+from gptq_jax.storage.progress import Progress
 from gptq_jax.stream import STREAMED_BYTES
 
 BITS = (2, 3, 4, 8)
@@ -55,6 +57,19 @@ class Choice:
     error: float
 
 
+class _Measured(NamedTuple):
+    """What is known of the layers, in the order of the candidates; as arrays, for `Progress`.
+
+    Attributes:
+        traces: of the Fisher information; 1 where the model's head is not known.
+        errors, nbytes: as in `Choice`, by layer and by its candidates with the fewest bits first.
+    """
+
+    traces: Float64[np.ndarray, "layers"]
+    errors: Float64[np.ndarray, "layers candidates"]
+    nbytes: Int64[np.ndarray, "layers candidates"]
+
+
 def allocate_bits(
     source: BlockSource,
     batches: Sequence[Any],
@@ -66,7 +81,8 @@ def allocate_bits(
     min_expert_tokens: int | None = None,
     devices: int | Sequence[jax.Device] | None = 1,
     activations: str | PathLike[str] | None = None,
-    on_candidate: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> SpecRules:
     """Choose the bits of each layer, for `quantize(model, batches, allocate_bits(model, batches, 3.5))`.
 
@@ -85,7 +101,10 @@ def allocate_bits(
             layers, which count.
         method: that is measured, best the one that will quantize; `gptq()` if None.
         min_expert_tokens, devices, activations: as for `quantize_blocks`.
-        on_candidate: called with how many candidates are measured, and how many there are.
+        progress: where measured blocks are kept, so that the same call goes on after a crash, for whatever budget. For
+            one process.
+        on_step: called with how many steps are done, and how many there are: each block on the way through the model
+            and back, then each candidate.
 
     Returns:
         Rules that take no more than the budget, with the least error there is within it.
@@ -102,32 +121,15 @@ def allocate_bits(
     solving = None if method is None else method._replace(tuning=None)
     job = job_for(source, batches, spec, solving, True, min_expert_tokens, devices)
     candidates = _candidates(job, sorted(set(bits)))
-    _check_least(job, candidates, target_bpw)
+    budget = _checked_budget(job, candidates, target_bpw)
     check_contract(job.method, (grid for each in candidates.values() for grid in each.values()))
 
-    traces = None
-    if job.calibration.head is not None:
-        traces = on_first(lambda: fisher_traces(job.calibration, candidates, directory=activations))
-
-    measured: dict[str, dict[int, Choice]] = defaultdict(dict)
-    weights = dict.fromkeys(candidates, 0)
-    total = sum(map(len, candidates.values()))
-    for done, (layer, energy) in enumerate(_measure(job, candidates, activations), 1):
-        error = layer.relative_error**2
-        if traces is not None:
-            error = expected_divergence(traces[layer.path], layer.loss, energy, layer.d_out)
-        if not math.isfinite(error):
-            raise ValueError(f"{layer.path} has no finite error at {layer.spec.bits} bits: check the model's weights.")
-        measured[layer.path][layer.spec.bits] = Choice(bits=layer.spec.bits, nbytes=layer.nbytes, error=error)
-        weights[layer.path] = layer.weights
-        if on_candidate is not None:
-            on_candidate(done, total)
-
+    measured = _measure(job, candidates, activations, progress, on_step)
     stacks = [paths for paths in map(tuple, job.calibration.alike) if paths[0] in measured]
     alone = set(measured).difference(*stacks)
     units = [*stacks, *((path,) for path in measured if path in alone)]
     choices = [_together([measured[path] for path in paths]) for paths in units]
-    chosen = choose(choices, _budget(target_bpw, sum(weights.values())))
+    chosen = choose(choices, budget)
     return _rules(job.rules, {path: choice.bits for paths, choice in zip(units, chosen, strict=True) for path in paths})
 
 
@@ -176,8 +178,8 @@ def _candidates(job: Job, bits: Sequence[int]) -> Candidates:
     return found
 
 
-def _check_least(job: Job, candidates: Candidates, target_bpw: float) -> None:
-    """Raise ValueError where the budget is less than the least candidates take, known from shapes alone."""
+def _checked_budget(job: Job, candidates: Candidates, target_bpw: float) -> int:
+    """Bytes; ValueError where they are fewer than the least candidates take, known from shapes alone."""
     weights = least = 0
     for block in job.calibration.blocks:
         params = block.params
@@ -186,33 +188,92 @@ def _check_least(job: Job, candidates: Candidates, target_bpw: float) -> None:
                 shape = kernel_of(params, path).shape
                 weights += math.prod(shape)
                 least += min(packed_shape(shape, grid).nbytes for grid in grids.values())
-    if _budget(target_bpw, weights) < least:
+    # What a report gives as bits per weight is not to be lost to its rounding.
+    budget = math.floor(target_bpw * weights / 8 * (1 + 1e-12))
+    if budget < least:
         raise ValueError(
             f"target_bpw={target_bpw} is less than the {8 * least / weights:.4g} bits per weight that the smallest "
             "grids take, scales and zeros counted: allow more, larger groups or fewer bits."
         )
+    return budget
 
 
 def _measure(
-    job: Job, candidates: Candidates, directory: str | PathLike[str] | None
-) -> Iterator[tuple[LayerReport, float]]:
-    """Solve each layer on each of its grids, on what the float model feeds it: reports, and |x|^2 per token."""
-    clock = Clock()
-    streams = job.open_streams(STREAMED_BYTES, directory)
-    for block in job.calibration.blocks:
+    job: Job,
+    candidates: Candidates,
+    directory: str | PathLike[str] | None,
+    progress: Progress | None,
+    on_step: Callable[[int, int], None] | None,
+) -> dict[str, dict[int, Choice]]:
+    """What each layer would be on each of its grids, on what the float model feeds it."""
+    blocks, clock = job.calibration.blocks, Clock()
+    rows = {path: row for row, path in enumerate(candidates)}
+    shape = len(rows), max(map(len, candidates.values()))
+    found, there = _Measured(np.ones(shape[0]), np.zeros(shape), np.zeros(shape, np.int64)), 0
+    if progress is not None:
+        found, there = progress.open(found)
+    known = job.calibration.head is not None
+    there_and_back = 2 * len(blocks) if known else 0
+    done, total = 0, there_and_back + sum(map(len, candidates.values()))
+
+    def step(count: int = 1) -> None:
+        nonlocal done
+        done += count
+        if on_step is not None:
+            on_step(done, total)
+
+    if there:
+        step(there_and_back)
+    elif known:
+        traces = on_first(lambda: fisher_traces(job.calibration, candidates, directory=directory, on_block=step))
+        found.traces[:] = [traces[path] for path in rows]
+    if there == len(blocks):  # the model is not needed again
+        blocks = ()
+    streams = job.open_streams(STREAMED_BYTES, directory) if blocks else []
+    for index, block in enumerate(blocks):
         task = job.task(block, streams, clock)
         params = task.read()
         ways = task.ways(params, params)
-        for stage in task.stages():
-            observed = observe(block, job.method, ways, stage, keep=True, clock=clock)
-            for group, said in zip(stage, observed, strict=True):
-                energy = float(jnp.trace(said.hessian, axis1=-2, axis2=-1).sum()) / said.tokens
-                grids = {path: candidates[block.prefix + path] for path in group}
-                for bits in sorted(set().union(*grids.values())):
-                    specs = {path: grids[path][bits] for path in group if bits in grids[path]}
-                    for _, _, report in solve_group(replace(task, specs=specs), params, tuple(specs), said):
-                        yield report, energy
+        if index < there:
+            step(sum(len(candidates[block.prefix + path]) for path in task.paths()))
+            run_again(task, ways)
+            continue
+        for layer, energy in _solved(job, task, params, ways, candidates):
+            row, column = rows[layer.path], sorted(candidates[layer.path]).index(layer.spec.bits)
+            error = layer.relative_error**2
+            if known:
+                error = expected_divergence(found.traces[row], layer.loss, energy, layer.d_out)
+            if not math.isfinite(error):
+                raise ValueError(
+                    f"{layer.path} has no finite error at {layer.spec.bits} bits: check the model's weights."
+                )
+            found.errors[row, column], found.nbytes[row, column] = error, layer.nbytes
+            step()
         task.leave(ways)
+        if progress is not None:
+            progress.keep(found, index + 1, now=index + 1 == len(blocks))
+    return {
+        path: {
+            bits: Choice(bits=bits, nbytes=int(nbytes), error=float(error))
+            for bits, nbytes, error in zip(sorted(grids), *of_layer, strict=False)
+        }
+        for (path, grids), *of_layer in zip(candidates.items(), found.nbytes, found.errors, strict=True)
+    }
+
+
+def _solved(
+    job: Job, task: BlockTask, params: Params, ways: Sequence[Way], candidates: Candidates
+) -> Iterator[tuple[LayerReport, float]]:
+    """The layers of a block on each of their grids: reports, and |x|^2 per token."""
+    for stage in task.stages():
+        observed = observe(task.block, job.method, ways, stage, keep=True, clock=task.clock)
+        for group, said in zip(stage, observed, strict=True):
+            energy = float(jnp.trace(said.hessian, axis1=-2, axis2=-1).sum()) / said.tokens
+            grids = {path: candidates[task.block.prefix + path] for path in group}
+            for bits in sorted(set().union(*grids.values())):
+                specs = {path: grids[path][bits] for path in group if bits in grids[path]}
+                for _, _, report in solve_group(replace(task, specs=specs), params, tuple(specs), said):
+                    yield report, energy
 
 
 def _together(layers: Sequence[Mapping[int, Choice]]) -> list[Choice]:
@@ -225,11 +286,6 @@ def _together(layers: Sequence[Mapping[int, Choice]]) -> list[Choice]:
         )
         for bits in layers[0]
     ]
-
-
-def _budget(bits_per_weight: float, weights: int) -> int:
-    """Bytes; what a report gives as bits per weight is not to be lost to its rounding."""
-    return math.floor(bits_per_weight * weights / 8 * (1 + 1e-12))
 
 
 def _rules(rules: SpecRules, bits: Mapping[str, int]) -> SpecRules:

@@ -22,6 +22,7 @@ from gptq_jax.commands import (
     open_float,
     put_windows,
     read_calibration,
+    resumable,
     runnable,
     window,
     windows_file,
@@ -171,9 +172,10 @@ def quantize(
 ) -> None:
     """Quantize MODEL block by block and write it to a directory.
 
-    Interrupted or killed, the same command goes on after the last whole block.
+    Interrupted or killed, the same command goes on after the last whole block; with --target-bpw, too, but for the last
+    minute of measuring.
     """
-    from dataclasses import replace
+    from dataclasses import asdict, replace
 
     import numpy as np
 
@@ -184,6 +186,7 @@ def quantize(
     from gptq_jax.methods import METHODS
     from gptq_jax.methods.contract import check_contract
     from gptq_jax.models.base import Model
+    from gptq_jax.models.identity import digest_arrays
     from gptq_jax.parallel.hosts import is_first
     from gptq_jax.pipeline import layer_specs, quantize_blocks, rewritten
     from gptq_jax.planning.sizes import float_shapes
@@ -237,8 +240,19 @@ def quantize(
     if chosen.rewrite is not None:
         with console.status(f"rewriting {escape(model)}: {chosen.rewrite.name}"):
             source, chosen = rewritten(source, fit, rules, chosen)
+    measuring = None
     if target_bpw is not None:
-        with count_progress("measuring candidates") as on_candidate:
+        told = {
+            "model": source.identity(),
+            "calibration": digest_arrays([windows]),
+            "grids": asdict(rules),
+            "settings": {"method": method, **chosen.all_settings, "batch_size": batch_size},
+            "min_expert_tokens": min_expert_tokens,
+        }
+        keeping: AbstractContextManager[Any] = nullcontext()
+        if coordinator is None:  # of several processes, each would have to know what the first has kept
+            keeping = resumable(out, "measuring", told, steps="measured blocks", restart=restart)
+        with keeping as measuring, count_progress("measuring candidates") as on_step:
             rules = allocate_bits(
                 source,
                 fit,
@@ -248,7 +262,8 @@ def quantize(
                 min_expert_tokens=min_expert_tokens,
                 devices=devices,
                 activations=activations,
-                on_candidate=on_candidate,
+                progress=measuring,
+                on_step=on_step,
             )
         specs = layer_specs(source, rules)
     settings = {
@@ -297,6 +312,8 @@ def quantize(
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(sink.kept()) from None
+    if measuring is not None:
+        measuring.discard()
     report = replace(report, settings={**report.settings, **settings})
     if is_first():
         summarize(report)

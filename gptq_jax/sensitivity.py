@@ -8,7 +8,7 @@ S is the sum of x g^T over inputs x and slopes g in outputs. With x and g taken 
 the average trace times the error, as in HAWQ-V2 (Dong et al. 2019, arXiv 1911.03852), the error being that of outputs.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
@@ -51,6 +51,7 @@ def fisher_traces(
     layers: Collection[str],
     *,
     directory: str | PathLike[str] | None = None,
+    on_block: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """E |slope of log p(tokens) in the weights|^2 of each layer, per token.
 
@@ -61,6 +62,7 @@ def fisher_traces(
         calibration: of a float model whose head is known.
         layers: full paths of those that are asked for.
         directory: where the streams are kept, as for `Activations`.
+        on_block: called when a block is behind: each once on the way there, and once on the way back.
 
     Raises:
         ValueError: by name: a layer whose slopes are not finite.
@@ -74,6 +76,8 @@ def fisher_traces(
         for number, (x, mask) in enumerate(windows):
             before.append(on_host(x))
             windows[number] = Window(block.forward.run(params, x, mask, {}), mask)
+        if on_block is not None:
+            on_block()
 
     config, head = calibration.head()
     keys = jax.random.split(jax.random.key(0), len(windows))
@@ -90,6 +94,8 @@ def fisher_traces(
             own, slopes[number] = _back(block.forward, params, paths, x, mask, slopes[number])
             squares.append(own)
         found.update({block.prefix + path: sum(float(own[path]) for own in squares) / tokens for path in paths})
+        if on_block is not None:
+            on_block()
     if wrong := sorted(path for path, trace in found.items() if not np.isfinite(trace)):
         raise ValueError(f"the model's predictions have no finite slope in {wrong[0]}: check it, or use float32.")
     return found

@@ -92,7 +92,7 @@ class Row:
         return spec_label(self.spec)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ComparisonTable:
     """What a comparison found.
 
@@ -156,7 +156,7 @@ class ComparisonTable:
         )
 
     def markdown(self) -> str:
-        """For a document; a notebook shows it by itself."""
+        """For a document; a notebook, or Python itself, shows it so."""
         header = ["method", "grid", *(column.title for column in COLUMNS)]
         of_float = [_float_value(column, self.float_figures) for column in COLUMNS]
         lines = [header, ["float", "", *of_float]]
@@ -167,7 +167,7 @@ class ComparisonTable:
         notes = [f"- {note}" for note in self.remarks()]
         return text + "\n" + ("\n" + "\n".join(notes) + "\n" if notes else "")
 
-    _repr_markdown_ = markdown  # what Jupyter asks for
+    _repr_markdown_ = __repr__ = markdown  # Jupyter asks for the first
 
     def csv(self) -> str:
         """The same for a spreadsheet: means, deviations over seeds, and why cells failed."""

@@ -57,14 +57,17 @@ class Progress:
         leaves, tree = jax.tree.flatten(before)
         if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in self._leaves]:
             raise ValueError(f"{self.path} holds other arrays than this run needs: pass --restart to begin anew.")
-        arrays = [jax.numpy.asarray(kept, leaf.dtype) for kept, leaf in zip(self._leaves, leaves, strict=True)]
+        arrays = [
+            np.asarray(kept) if isinstance(leaf, np.ndarray) else jax.numpy.asarray(kept, leaf.dtype)
+            for kept, leaf in zip(self._leaves, leaves, strict=True)
+        ]
         self._leaves = []
         return jax.tree.unflatten(tree, arrays), self.done
 
-    def keep(self, arrays: Any, done: int) -> None:
-        """Take one more step, and write now and then."""
+    def keep(self, arrays: Any, done: int, *, now: bool = False) -> None:
+        """Take one more step, and write now and then, or `now`."""
         self.done = done
-        if time.monotonic() - self._told < EVERY:
+        if not now and time.monotonic() - self._told < EVERY:
             return
         content = io.BytesIO()
         leaves = {f"leaf_{number}": np.asarray(leaf) for number, leaf in enumerate(jax.tree.leaves(arrays))}

@@ -13,6 +13,7 @@ from gptq_jax.allocation import Choice, allocate_bits, choose
 from gptq_jax.methods import rtn
 from gptq_jax.pipeline import block_specs, quantize
 from gptq_jax.spec import QuantSpec, SpecRules
+from gptq_jax.storage.progress import Progress
 
 SPEC = QuantSpec(bits=3, group_size=24, scale_dtype="float16")
 RULES = SpecRules(default=SPEC, skip=("mlp",))  # few shapes
@@ -145,7 +146,7 @@ def test_rules_keep_what_they_say_of_other_things(model):
     given = replace(RULES, overrides=(("o_proj", (("bits", 4),)), ("k_proj", (("group_size", -1),))))
     done = []
     rules = allocate_bits(
-        model, BATCHES, 4.1, bits=(2, 3), spec=given, method=METHOD, on_candidate=lambda *now: done.append(now)
+        model, BATCHES, 4.1, bits=(2, 3), spec=given, method=METHOD, on_step=lambda *now: done.append(now)
     )
     specs = block_specs(model.calibration([], []), rules)
     for path, spec in specs.items():
@@ -156,7 +157,29 @@ def test_rules_keep_what_they_say_of_other_things(model):
         else:
             assert spec == replace(SPEC, bits=spec.bits, group_size=-1 if "k_proj" in path else 24)
     assert {spec.bits for spec in specs.values() if spec} == {2, 3, 4}
-    assert done == [(number, 14) for number in range(1, 15)]  # of each block q, k and v on two grids, o on one
+    # Two blocks, there and back; of each q, k and v on two grids, o on one.
+    assert done == [(number, 18) for number in range(1, 19)]
+
+
+def test_an_interrupted_run_goes_on_and_other_budgets_need_nothing_new(model, tmp_path, monkeypatch):
+    def start(budget, **options):
+        kept = Progress(tmp_path / "kept", {"of": "this"}, steps="blocks")
+        return allocate_bits(model, BATCHES, budget, bits=BITS, spec=RULES, method=METHOD, progress=kept, **options)
+
+    def stop(done, total):
+        if done == 18:  # four steps there and back, twelve candidates of the first block, two of the second
+            raise KeyboardInterrupt
+
+    peace = {budget: allocate_bits(model, BATCHES, budget, bits=BITS, spec=RULES, method=METHOD) for budget in (3.4, 4)}
+    monkeypatch.setattr("gptq_jax.storage.progress.EVERY", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        start(3.4, on_step=stop)
+    done = []
+    monkeypatch.setattr(allocation, "fisher_traces", None)
+    assert start(3.4, on_step=lambda *now: done.append(now)) == peace[3.4]
+    assert done == [(number, 28) for number in (4, *range(16, 29))]
+    monkeypatch.setattr(allocation, "_solved", None)
+    assert start(4) == peace[4] != peace[3.4]
 
 
 @pytest.mark.parametrize(

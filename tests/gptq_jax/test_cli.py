@@ -167,6 +167,24 @@ def test_quantize_within_a_budget(tmp_path, hf_model, text):
     assert bits / sum(layer["d_in"] * layer["d_out"] for layer in report["layers"]) == pytest.approx(38 / 9)
 
 
+def test_quantize_within_a_budget_goes_on_without_measuring_again(tmp_path, hf_model, text, monkeypatch):
+    out = tmp_path / "out"
+    quick = ("--calibration", text, *QUICK[:-2], "--method", "rtn", "--skip", "mlp|[qk]_proj", "--devices", 1)
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    command = ("quantize", hf_model, "--out", out, *quick, "--target-bpw", 4.3)
+    with monkeypatch.context() as stopping:
+        stopping.setattr("gptq_jax.storage.sink.StoreSink.write", stop)
+        assert run(*command).exit_code == 130
+    monkeypatch.setattr("gptq_jax.allocation._solved", None)
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    assert "going on with what an interrupted run left: 1 measured blocks are done" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_flax_and_orbax_models(tmp_path, hf_model, text):
     import orbax.checkpoint as ocp
 
