@@ -8,6 +8,7 @@ from typing import Any
 
 from gptq_jax.correction import low_rank_correction
 from gptq_jax.distillation import end_to_end_tuning
+from gptq_jax.grids import GRIDS
 from gptq_jax.methods import METHODS, Method, coordinate_descent, fractional_zeros, qep
 from gptq_jax.methods.base import Finish
 from gptq_jax.methods.contract import blaming
@@ -59,7 +60,9 @@ def make_method(name: str, options: Mapping[str, Any], *, alpha: float | None = 
         if part in REWRITES:
             if method.rewrite is not None:
                 raise ValueError(f"--method {name!r} rewrites the model twice: leave out {part!r} or the other.")
-            method = method._replace(rewrite=REWRITES[part]())
+            # Scales are searched for the grid that will be used.
+            searched = dict(method.settings).get("grid") if part == "awq" else None
+            method = method._replace(rewrite=REWRITES[part](**({"grid": searched} if searched in GRIDS else {})))
         elif part in TUNINGS:
             if method.tuning is not None:
                 raise ValueError(f"--method {name!r} tunes each block twice: leave out {part!r} or the other.")

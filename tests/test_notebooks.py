@@ -59,6 +59,7 @@ def is_drawn(png):
     return 0.01 < np.mean(pixels.min(axis=-1) < 0.9) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, request):
     import nbclient

@@ -40,16 +40,35 @@ def rtn(grid: str = "minmax") -> Method:
 @partial(jax.jit, static_argnames=("spec", "grid"))
 def round_to_nearest(weight: Float[Array, "d_in d_out"], spec: QuantSpec, grid: str = "minmax") -> QuantizedTensor:
     """`weight` on the grid called `grid` of each of its groups."""
-    grouped = split_groups(weight.astype(jnp.float32), spec)
-    ones = jnp.ones(grouped.shape[1], jnp.float32)
-    return round_to_grid(weight, jax.lax.map(lambda group: grids.fit(grid, group, ones, spec), grouped), spec)
+    ones = jnp.ones(weight.shape[0], jnp.float32)
+    return round_to_grid(weight, fit_groups(weight, spec, grid, ones), spec)
+
+
+def fit_groups(
+    weight: Float[Array, "d_in d_out"], spec: QuantSpec, grid: str, pivots: Float[Array, "d_in"]
+) -> grids.Grid:
+    """The grid called `grid` of each group, [groups, d_out]; rows have these pivots, as for `grids.fit`."""
+    grouped = split_groups(weight.astype(jnp.float32), spec), split_groups(pivots[:, None], spec)[..., 0]
+    return jax.lax.map(lambda group: grids.fit(grid, group[0], group[1], spec), grouped)
 
 
 def round_to_grid(weight: Float[Array, "d_in d_out"], grid: grids.Grid, spec: QuantSpec) -> QuantizedTensor:
     """`weight` on a grid [groups, d_out]."""
-    grouped = split_groups(weight.astype(jnp.float32), spec)
-    codes = grids.quantize(grouped, grids.Grid(*(leaf[:, None] for leaf in grid)), spec)
+    codes, _ = _nearest(weight, grid, spec)
     return assemble(codes.reshape(-1, weight.shape[1])[: weight.shape[0]], grid, spec)
+
+
+def rounded_values(weight: Float[Array, "d_in d_out"], grid: grids.Grid, spec: QuantSpec) -> Float[Array, "d_in d_out"]:
+    """What `round_to_grid` stands for, without packing it."""
+    return grids.dequantize(*_nearest(weight, grid, spec)).reshape(-1, weight.shape[1])[: weight.shape[0]]
+
+
+def _nearest(
+    weight: Float[Array, "d_in d_out"], grid: grids.Grid, spec: QuantSpec
+) -> tuple[Float[Array, "groups rows d_out"], grids.Grid]:
+    """Codes by group, and their grid [groups, 1, d_out]."""
+    of_rows = grids.Grid(*(leaf[:, None] for leaf in grid))
+    return grids.quantize(split_groups(weight.astype(jnp.float32), spec), of_rows, spec), of_rows
 
 
 def split_groups(weight: Float[Array, "d_in d_out"], spec: QuantSpec) -> Float[Array, "groups rows d_out"]:

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from gptq_jax.hessian import accumulate, output_energy
+from gptq_jax.grids import GRIDS
+from gptq_jax.hessian import accumulate, output_energy, with_factor
 from gptq_jax.hooks.nnx import Params, kernel_of
 from gptq_jax.methods.base import Rewrite
-from gptq_jax.methods.rtn import round_to_nearest
+from gptq_jax.methods.gptq import input_order
+from gptq_jax.methods.rtn import fit_groups, rounded_values
 from gptq_jax.models.base import Model
 from gptq_jax.models.fields import DecoderFields
 from gptq_jax.rewrites.roles import changed, readers
@@ -49,21 +51,29 @@ class InputStats(NamedTuple):
 Choose = Callable[[tuple[Array, ...], tuple[QuantSpec | None, ...], InputStats], Array]
 
 
-def awq(steps: int = 20) -> Rewrite:
+def awq(steps: int = 20, *, grid: str = "minmax") -> Rewrite:
     """Scales mean|x|^a, a of the least output error of rounded weights (Lin et al. 2023, arXiv 2306.00978, eq. 4-5).
 
-    Assumes that inputs which are large on average need the more exact weights, and that what is best for rounding to
-    nearest is good for the method that follows. The inputs are those of the float model, and the error is that of the
-    layers with one input, not of the attention around them as in the authors' code. Rounding to nearest,
-    `rtn()._replace(rewrite=awq())`, is AWQ; other methods go as well. Inputs of experts are left alone, as are those
-    that nothing can be folded into.
+    Assumes that inputs which are large on average need the more exact weights. The inputs are those of the float model,
+    and the error is that of the layers with one input, not of the attention around them as in the authors' code.
+    Inputs of experts are left alone, as are those that nothing can be folded into.
+
+    `rtn()._replace(rewrite=awq())` is AWQ. Scales that are best for rounding to nearest on a minmax grid need not be
+    best for a method that searches its grids and makes up for what it rounds: at 2 bits they do GPTQ harm. Before such
+    a method use `awq(grid="ldl")`, as `--method awq+gptq` does. That is not in the paper.
 
     Args:
         steps: a is 0, 1 / steps, ..., 1 - 1 / steps; 0 changes nothing.
+        grid: of the weights that are tried. "minmax" or "mse": the error is that of rounding to nearest. "ldl": what
+            compensation is expected to leave of it, the sum of LDL pivots times squared errors, on the grid that is
+            fitted to that, inputs in activation order.
     """
     if steps < 1:
         raise ValueError(f"steps={steps} must be positive: use e.g. 20.")
-    return Rewrite(partial(_apply, choose=partial(search, steps=steps)), name="awq", settings=(("awq_steps", steps),))
+    if grid not in GRIDS:
+        raise ValueError(f"grid={grid!r} is not supported: use one of {list(GRIDS)}.")
+    settings = ("awq_steps", steps), ("awq_grid", grid)
+    return Rewrite(partial(_apply, choose=partial(search, steps=steps, grid=grid)), name="awq", settings=settings)
 
 
 def smooth(alpha: float = 0.5) -> Rewrite:
@@ -98,32 +108,48 @@ def scaling_groups(config: DecoderFields) -> tuple[ScalingGroup, ...]:
     return tuple(groups)
 
 
-@partial(jax.jit, static_argnames=("specs", "steps"))
+@partial(jax.jit, static_argnames=("specs", "steps", "grid"))
 def search(
     kernels: tuple[Float[Array, "d_in _"], ...],
     specs: tuple[QuantSpec | None, ...],
     stats: InputStats,
     *,
     steps: int,
+    grid: str = "minmax",
 ) -> Float[Array, "d_in"]:
     """AWQ's scales."""
     strength = jnp.maximum(stats.total, 1e-8 * jnp.max(stats.total))
+    pivots = _pivots(stats.hessian) if grid == "ldl" else jnp.ones_like(strength)
 
     def scales(power: Array) -> Array:
         found = strength**power
         return found / jnp.sqrt(jnp.max(found) * jnp.min(found))
 
     def loss(power: Array) -> Array:
-        scale = scales(power)[:, None]
+        scale = scales(power)
+        # Of the Hessian of inputs x / s, in the same order.
+        scaled_pivots = pivots / scale**2
         total = jnp.float32(0)
         for kernel, spec in zip(kernels, specs, strict=True):
             if spec is not None:
-                rounded = round_to_nearest(kernel * scale, spec).dequantize() / scale
-                total += jnp.sum(output_energy(kernel - rounded, stats.hessian))
+                scaled = kernel * scale[:, None]
+                rounded = rounded_values(scaled, fit_groups(scaled, spec, grid, scaled_pivots), spec)
+                if grid == "ldl":
+                    total += jnp.sum(scaled_pivots @ (scaled - rounded) ** 2)
+                else:
+                    total += jnp.sum(output_energy(kernel - rounded / scale[:, None], stats.hessian))
         return total
 
     powers = jnp.arange(steps, dtype=jnp.float32) / steps
     return scales(powers[jnp.argmin(jax.lax.map(loss, powers))])
+
+
+def _pivots(hessian: Float[Array, "d_in d_in"]) -> Float[Array, "d_in"]:
+    """Of the LDL factorization that GPTQ makes by default: damped, the inputs with the largest diagonal first."""
+    diagonal = jnp.diagonal(hessian)
+    order = input_order(diagonal, "activation", 1)
+    found, *_ = with_factor(hessian, 0.01, jnp.mean(diagonal), lambda upper: jnp.diagonal(upper) ** 2, order)
+    return found[jnp.argsort(order)]
 
 
 @partial(jax.jit, static_argnames=("specs", "alpha"))

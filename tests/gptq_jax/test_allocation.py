@@ -170,7 +170,9 @@ def test_an_interrupted_run_goes_on_and_other_budgets_need_nothing_new(model, tm
         if done == 18:  # four steps there and back, twelve candidates of the first block, two of the second
             raise KeyboardInterrupt
 
-    peace = {budget: allocate_bits(model, BATCHES, budget, bits=BITS, spec=RULES, method=METHOD) for budget in (3.4, 4)}
+    peace = {
+        budget: allocate_bits(model, BATCHES, budget, bits=BITS, spec=RULES, method=METHOD) for budget in (3.4, 4.0)
+    }
     monkeypatch.setattr("gptq_jax.storage.progress.EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):
         start(3.4, on_step=stop)
@@ -179,7 +181,7 @@ def test_an_interrupted_run_goes_on_and_other_budgets_need_nothing_new(model, tm
     assert start(3.4, on_step=lambda *now: done.append(now)) == peace[3.4]
     assert done == [(number, 28) for number in (4, *range(16, 29))]
     monkeypatch.setattr(allocation, "_solved", None)
-    assert start(4) == peace[4] != peace[3.4]
+    assert start(4.0) == peace[4.0] != peace[3.4]
 
 
 @pytest.mark.parametrize(

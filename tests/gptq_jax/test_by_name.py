@@ -21,6 +21,13 @@ def test_names_compose_from_the_outside_in():
     found = make_method("awq+rtn", {})
     assert found.rewrite.name == "awq"
     assert found._replace(rewrite=None) == rtn()
+    for name, options, grid in (
+        ("awq+rtn", {}, "minmax"),
+        ("awq+qep", {}, "ldl"),
+        ("awq+gptq", {"grid": "mse"}, "mse"),
+        ("awq+own_methods:clip_search", {}, "minmax"),
+    ):
+        assert dict(make_method(name, options).rewrite.settings)["awq_grid"] == grid
     assert make_method("fractions+qep", {}) is fractional_zeros(qep(gptq()))
     distilled = make_method("distill+tune+qep", {})
     assert (distilled.finish.name, distilled.tuning, distilled.name) == ("distill", block_tuning(), "qep")

@@ -78,6 +78,38 @@ def test_awq_finds_the_power_that_a_search_on_outputs_finds():
     assert min(losses) < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_scales_for_gptq_are_those_it_loses_least_with(bits):
+    """Against GPTQ itself at each of them, in float64; and the choice is that of the formula."""
+    x, kernels, stats = layer(2)
+    spec = QuantSpec(bits=bits, group_size=16, symmetric=False)
+    hessian, order = x.T @ x, np.argsort(-np.sum(x**2, axis=0))
+    damped = hessian + 0.01 * np.trace(hessian) / 32 * np.eye(32)
+    pivots = np.empty(32)
+    pivots[order] = np.diag(np.linalg.cholesky(np.linalg.inv(damped[np.ix_(order, order)])).T) ** -2.0
+    grid = {"bits": bits, "symmetric": False}
+    expected, lost, candidates = np.zeros(20), np.zeros(20), []
+    for step in range(20):
+        scales = np.abs(x).mean(0) ** (step / 20)
+        scales /= np.sqrt(scales.max() * scales.min())
+        candidates.append(scales)
+        for kernel in kernels:
+            scaled = kernel * scales[:, None]
+            for rows in (slice(0, 16), slice(16, 32)):
+                weights, importance = scaled[rows], (pivots / scales**2)[rows]
+                size, zero, _ = oracle.search_grid(weights, importance, **grid, norm=2.0)
+                rounded = (np.clip(np.round(weights / size) + zero, 0, 2**bits - 1) - zero) * size
+                expected[step] += np.sum(importance[:, None] * (weights - rounded) ** 2)
+            how = {"group_size": 16, "order": "activation", "static_groups": True, "grid": "ldl"}
+            solved, _ = oracle.gptq(scaled, hessian / np.outer(scales, scales), **grid, **how)
+            lost[step] += oracle.proxy_loss(kernel, solved / scales[:, None], hessian)
+    found = search(tuple(map(jnp.asarray, kernels)), (spec, spec), stats, steps=20, grid="ldl")
+    best = int(np.argmin(expected))
+    np.testing.assert_allclose(found, candidates[best], rtol=1e-4)
+    assert lost[best] < 1.02 * lost.min() < 0.7 * lost[0]
+    assert expected[best] == pytest.approx(lost[best], rel=0.15)
+
+
 def test_layers_that_stay_float_have_no_say():
     _, kernels, stats = layer()
     spec = QuantSpec(bits=3, group_size=16)
@@ -104,11 +136,13 @@ def test_rounding_a_rewritten_model_loses_less_and_the_report_says_what_was_done
     # Those of the first input, which nothing before it has changed.
     own, others = (sum(layer.loss for layer in found.layers[:3]) for found in (report, plain))
     assert own < others
-    assert {"method": "rtn", "rewrite": "awq", "awq_steps": 20}.items() <= report.settings.items()
+    made = {"method": "rtn", "rewrite": "awq", "awq_steps": 20, "awq_grid": "minmax"}
+    assert made.items() <= report.settings.items()
 
 
 def test_bad_options_and_models_are_named():
-    for make, message in ((lambda: awq(0), "steps=0"), (lambda: smooth(2.0), r"alpha=2\.0")):
+    bad = (lambda: awq(0), "steps=0"), (lambda: awq(grid="best"), "grid='best'"), (lambda: smooth(2.0), r"alpha=2\.0")
+    for make, message in bad:
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(ValueError, match="not a supplied decoder"):
