@@ -77,6 +77,7 @@ def test_more_bits_come_first_and_methods_as_asked_for(table):
 
 
 def test_markdown(table):
+    assert repr(table) == table._repr_markdown_() == table.markdown()
     lines = table.markdown().splitlines()
     header, _, floats, first = lines[:4]
     assert header.startswith("| method | grid | perplexity | KL to float | top-1 agreement | bits per weight | MB |")
