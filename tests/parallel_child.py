@@ -8,7 +8,7 @@ from dataclasses import replace
 DEVICES, LENGTH, LAST = 4, 20, 997  # 49 windows, and a remainder
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
 
 import decoder_cases  # noqa: E402
 import jax  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 DEVICES = 8
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
 
 import expert_models  # noqa: E402
 import jax  # noqa: E402

@@ -127,7 +127,7 @@ KINDS = ("inputs", "outputs", "nothing")
 @pytest.fixture(scope="module")
 def found():
     path = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    flags = "--xla_force_host_platform_device_count=4"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         capture_output=True,
