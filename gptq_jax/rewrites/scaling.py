@@ -135,7 +135,7 @@ def search(
                 scaled = kernel * scale[:, None]
                 rounded = rounded_values(scaled, fit_groups(scaled, spec, grid, scaled_pivots), spec)
                 if grid == "ldl":
-                    total += jnp.sum(scaled_pivots @ (scaled - rounded) ** 2)
+                    total += jnp.sum(scaled_pivots[:, None] * (scaled - rounded) ** 2)
                 else:
                     total += jnp.sum(output_energy(kernel - rounded / scale[:, None], stats.hessian))
         return total
